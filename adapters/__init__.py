@@ -1,0 +1,1 @@
+"""Loader adapters: how windows reach the filter from each kind of data and loader."""

@@ -1,0 +1,1 @@
+"""Compiled and hand-written kernels; importable without jax."""

@@ -1,0 +1,1 @@
+"""Compiled hot-lane scoring kernels."""

@@ -1,0 +1,1 @@
+"""Streaming data filter for pretraining loaders, learned from metagradients."""
