@@ -1,0 +1,199 @@
+"""One optimizer update and its derivative, for any optax transformation.
+
+An update maps `(params, moments, gradient)` to `(params, moments)`. Its vector-Jacobian product is
+taken by jax, so chains, clipping, schedules and masks need no rule of their own. Two things are
+handled here because plain autodiff gets them wrong:
+
+* Integer state (step counts) has no derivative and is carried along.
+* Where a second moment is exactly zero (an embedding row that no batch has touched) the square
+  root in Adam has an infinite slope, autodiff computes `inf * 0`, and the NaN spreads through
+  gradient clipping into every coordinate. Such a coordinate takes cotangent zero instead. In-batch
+  metagradients do not change by this, for the coordinate received no gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metagrad_filter.errors import ConfigError
+
+PyTree = Any
+Leaves = list[jax.Array]
+
+
+def apply_update(
+    optimizer: optax.GradientTransformation, params: PyTree, opt_state: PyTree, gradient: PyTree
+) -> tuple[PyTree, PyTree]:
+    """Takes one optimizer step; returns the new parameters and the new state."""
+    updates, opt_state = optimizer.update(gradient, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+
+def is_float(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating)
+
+
+def split_floats(opt_state: PyTree) -> tuple[Leaves, Callable[[Leaves], PyTree]]:
+    """Splits a state into its floating-point leaves and a function that puts them back."""
+    leaves, treedef = jax.tree.flatten(opt_state)
+
+    def join(floats: Leaves) -> PyTree:
+        remaining = iter(floats)
+        return treedef.unflatten([next(remaining) if is_float(x) else x for x in leaves])
+
+    return [x for x in leaves if is_float(x)], join
+
+
+def owners(params: PyTree, opt_state: PyTree) -> tuple[int, ...]:
+    """For each float leaf of the state, the index of the parameter it belongs to, or -1.
+
+    A moment belongs to the parameter whose tree path ends the moment's own path and whose shape it
+    shares: `state[0].nu['wte']` belongs to `params['wte']`. This needs no knowledge of the
+    optimizer and survives chains, masks and `multi_transform`.
+    """
+    named = [(path, leaf.shape) for path, leaf in jax.tree.leaves_with_path(params)]
+    found = []
+    for path, leaf in jax.tree.leaves_with_path(opt_state):
+        if not is_float(leaf):
+            continue
+        matches = [
+            (len(name), i)
+            for i, (name, shape) in enumerate(named)
+            if path[len(path) - len(name) :] == name and shape == jnp.shape(leaf)
+        ]
+        found.append(max(matches)[1] if matches else -1)
+    return tuple(found)
+
+
+def singular_moments(
+    optimizer: optax.GradientTransformation, params: PyTree, opt_state: PyTree
+) -> tuple[bool, ...]:
+    """For each float leaf of the state: is the update's slope in it infinite at zero?
+
+    True for Adam's and RMSProp's second moment with `eps_root=0`, False for momentum. Found by
+    differentiating one update from a cold state with a gradient that is zero in one coordinate of
+    every parameter, so that no optimizer has to be known by name.
+
+    Raises:
+      ConfigError: `opt_state` is not a state of this optimizer for these parameters.
+    """
+    try:
+        cold = jax.eval_shape(optimizer.init, params)
+    except Exception as error:
+        raise ConfigError(
+            f"optimizer.init(params) failed with {type(error).__name__}: {error}; pass the optax "
+            "transformation and the parameters that the live training uses."
+        ) from error
+    seen, expected = jax.tree.structure(opt_state), jax.tree.structure(cold)
+    if seen != expected:
+        raise ConfigError(
+            f"opt_state has the structure {seen}, but optimizer.init(params) has {expected}; pass "
+            "the state of this very optimizer (a schedule adds a step count to the state)."
+        )
+    return tuple(bool(flag) for flag in _slopes_at_zero(optimizer, params))
+
+
+@functools.partial(jax.jit, static_argnames="optimizer")
+def _slopes_at_zero(optimizer: optax.GradientTransformation, params: PyTree) -> list[jax.Array]:
+    gradient = jax.tree.map(lambda p: jnp.ones_like(p).ravel().at[0].set(0).reshape(p.shape), params)
+    floats, join = split_floats(optimizer.init(params))
+    new, pull_back = jax.vjp(
+        lambda f: apply_update(optimizer, params, join(f), gradient)[0], floats
+    )
+    (slopes,) = pull_back(jax.tree.map(jnp.ones_like, new))
+    return [~jnp.isfinite(slope).all() for slope in slopes]
+
+
+def pull_back_update(
+    optimizer: optax.GradientTransformation,
+    params: PyTree,
+    opt_state: PyTree,
+    gradient: PyTree,
+    cotangents: tuple[PyTree, Leaves],
+    *,
+    singular: tuple[bool, ...],
+    stacked: bool,
+) -> tuple[PyTree, Leaves, PyTree, jax.Array]:
+    """Pulls cotangents of the new parameters and moments back through one update.
+
+    Args:
+      optimizer: the transformation that made the step.
+      params, opt_state, gradient: the point at which the step was made.
+      cotangents: of the new parameters, and of the new float leaves of the state; with a leading
+        axis of targets if `stacked`.
+      singular: `singular_moments` of the optimizer.
+      stacked: whether the cotangents carry a leading axis.
+
+    Returns:
+      Cotangents of the parameters, of the float leaves and of the gradient, and the number of
+      coordinates (int32) whose gradient took cotangent zero because their second moment is zero.
+    """
+    floats, join = split_floats(opt_state)
+
+    def update(p: PyTree, f: Leaves, g: PyTree) -> tuple[PyTree, Leaves]:
+        new_params, new_state = apply_update(optimizer, p, join(f), g)
+        return new_params, split_floats(new_state)[0]
+
+    leaves, treedef = jax.tree.flatten(gradient)
+    untouched = [jnp.zeros(jnp.shape(g), bool) for g in leaves]
+    dead = [jnp.zeros(jnp.shape(f), bool) for f in floats]
+    if any(singular):
+        _, after = update(params, floats, gradient)
+        for i, owner in enumerate(owners(params, opt_state)):
+            if singular[i]:
+                dead[i] = (floats[i] == 0) & (after[i] == 0)
+                floats[i] = jnp.where(dead[i], jnp.ones_like(floats[i]), floats[i])
+                if owner >= 0:
+                    untouched[owner] = untouched[owner] | dead[i]
+
+    _, pull_back = jax.vjp(update, params, floats, gradient)
+
+    def mask(cotangents: tuple[PyTree, Leaves]) -> tuple[PyTree, Leaves, PyTree]:
+        of_params, of_floats, of_gradient = pull_back(cotangents)
+        of_floats = [jnp.where(d, 0, c) for d, c in zip(dead, of_floats)]
+        of_leaves = [jnp.where(u, 0, c) for u, c in zip(untouched, treedef.flatten_up_to(of_gradient))]
+        return of_params, of_floats, treedef.unflatten(of_leaves)
+
+    pulled = jax.vmap(mask)(cotangents) if stacked else mask(cotangents)
+    count = sum((jnp.sum(u, dtype=jnp.int32) for u in untouched), jnp.int32(0))
+    return *pulled, count
+
+
+def warm_state(
+    optimizer: optax.GradientTransformation, params: PyTree, live_state: PyTree
+) -> PyTree:
+    """Moves the moments and step counts of a live state into `optimizer`'s own state.
+
+    The inner loop runs at a learning rate of its own, and optax states differ in structure between
+    a constant and a scheduled rate. Leaves that agree in tree path and shape are copied, which
+    covers Adam's moments and count; the rest starts from `optimizer.init`.
+
+    Raises:
+      ConfigError: no floating-point leaf could be taken over although the optimizer has moments.
+    """
+    live = dict(jax.tree.leaves_with_path(live_state))
+    fresh = optimizer.init(params)
+    taken = 0
+
+    def take(path, leaf):
+        nonlocal taken
+        value = live.get(path)
+        if value is None or jnp.shape(value) != jnp.shape(leaf):
+            return leaf
+        taken += is_float(leaf)
+        return jnp.asarray(value, jnp.asarray(leaf).dtype)
+
+    state = jax.tree.map_with_path(take, fresh)
+    if not taken and split_floats(fresh)[0]:
+        raise ConfigError(
+            "no moment of the live optimizer state fits the inner optimizer; pass the optimizer "
+            "factory that the live training uses (for instance functools.partial(optax.adamw, "
+            "b2=0.95)) together with its state."
+        )
+    return state
