@@ -1,0 +1,1 @@
+"""Calibration: rounds that turn metagradients into published scorer versions."""

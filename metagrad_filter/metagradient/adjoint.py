@@ -173,9 +173,7 @@ def metagradients(
 @functools.partial(jax.jit, static_argnames="program")
 def _sweep(params, opt_state, batches, weights, *, program: _Program):
     steps, size = weights.shape
-    forward = functools.partial(
-        run, program.loss, program.optimizer, microbatch=program.microbatch
-    )
+    forward = functools.partial(run, program.loss, program.optimizer, microbatch=program.microbatch)
 
     # Forward: segments of `span` steps; the state tape is one segment that keeps every step.
     span = steps if program.tape == "state" else math.ceil(math.sqrt(steps))
@@ -287,9 +285,7 @@ def _second_order(program: _Program, params, batch, weights, cotangent):
         return jax.tree.map(jnp.add, total, product), slopes
 
     zeros = jax.tree.map(jnp.zeros_like, cotangent)
-    product, slopes = jax.lax.scan(
-        accumulate, zeros, in_pieces(batch, weights, program.microbatch)
-    )
+    product, slopes = jax.lax.scan(accumulate, zeros, in_pieces(batch, weights, program.microbatch))
     slopes = jnp.moveaxis(slopes, 0, -2)
     return product, slopes.reshape(*slopes.shape[:-2], -1)[..., :size]
 

@@ -101,7 +101,9 @@ def singular_moments(
 
 @functools.partial(jax.jit, static_argnames="optimizer")
 def _slopes_at_zero(optimizer: optax.GradientTransformation, params: PyTree) -> list[jax.Array]:
-    gradient = jax.tree.map(lambda p: jnp.ones_like(p).ravel().at[0].set(0).reshape(p.shape), params)
+    gradient = jax.tree.map(
+        lambda p: jnp.ones_like(p).ravel().at[0].set(0).reshape(p.shape), params
+    )
     floats, join = split_floats(optimizer.init(params))
     new, pull_back = jax.vjp(
         lambda f: apply_update(optimizer, params, join(f), gradient)[0], floats
@@ -157,7 +159,9 @@ def pull_back_update(
     def mask(cotangents: tuple[PyTree, Leaves]) -> tuple[PyTree, Leaves, PyTree]:
         of_params, of_floats, of_gradient = pull_back(cotangents)
         of_floats = [jnp.where(d, 0, c) for d, c in zip(dead, of_floats)]
-        of_leaves = [jnp.where(u, 0, c) for u, c in zip(untouched, treedef.flatten_up_to(of_gradient))]
+        of_leaves = [
+            jnp.where(u, 0, c) for u, c in zip(untouched, treedef.flatten_up_to(of_gradient))
+        ]
         return of_params, of_floats, treedef.unflatten(of_leaves)
 
     pulled = jax.vmap(mask)(cotangents) if stacked else mask(cotangents)
@@ -168,32 +172,35 @@ def pull_back_update(
 def warm_state(
     optimizer: optax.GradientTransformation, params: PyTree, live_state: PyTree
 ) -> PyTree:
-    """Moves the moments and step counts of a live state into `optimizer`'s own state.
+    """Moves the moments of a live state, and their step count, into `optimizer`'s own state.
 
     The inner loop runs at a learning rate of its own, and optax states differ in structure between
-    a constant and a scheduled rate. Leaves that agree in tree path and shape are copied, which
-    covers Adam's moments and count; the rest starts from `optimizer.init`.
+    a constant and a scheduled rate. Float leaves that agree in tree path and shape are copied, and
+    integers that stand beside them (Adam's bias-correction count); the step count of a schedule
+    stands alone and starts anew, as the schedule does.
 
     Raises:
       ConfigError: no floating-point leaf could be taken over although the optimizer has moments.
     """
     live = dict(jax.tree.leaves_with_path(live_state))
     fresh = optimizer.init(params)
-    taken = 0
-
-    def take(path, leaf):
-        nonlocal taken
-        value = live.get(path)
-        if value is None or jnp.shape(value) != jnp.shape(leaf):
-            return leaf
-        taken += is_float(leaf)
-        return jnp.asarray(value, jnp.asarray(leaf).dtype)
-
-    state = jax.tree.map_with_path(take, fresh)
-    if not taken and split_floats(fresh)[0]:
+    fits = {
+        path
+        for path, leaf in jax.tree.leaves_with_path(fresh)
+        if path in live and jnp.shape(live[path]) == jnp.shape(leaf)
+    }
+    moments = {path for path in fits if is_float(live[path])}
+    if not moments and split_floats(fresh)[0]:
         raise ConfigError(
             "no moment of the live optimizer state fits the inner optimizer; pass the optimizer "
             "factory that the live training uses (for instance functools.partial(optax.adamw, "
             "b2=0.95)) together with its state."
         )
-    return state
+
+    def take(path, leaf):
+        beside = any(moment[: len(path) - 1] == path[:-1] for moment in moments)
+        if path not in fits or not (path in moments or beside):
+            return leaf
+        return jnp.asarray(live[path], jnp.asarray(leaf).dtype)
+
+    return jax.tree.map_with_path(take, fresh)

@@ -90,7 +90,8 @@ def score_with_probes(
         # Clipped indices repeat the last window so that every call but the last has one shape.
         index = np.minimum(np.arange(start, start + chunks * size), count - 1)
         pieces = jax.tree.map(
-            lambda x, i=index, n=chunks: np.asarray(x)[i].reshape(n, size, *np.shape(x)[1:]), windows
+            lambda x, i=index, n=chunks: np.asarray(x)[i].reshape(n, size, *np.shape(x)[1:]),
+            windows,
         )
         found = np.asarray(_score_pieces(params, stacked, pieces, loss=loss))
         scores[:, start:stop] = found[:, : stop - start]

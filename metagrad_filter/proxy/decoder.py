@@ -88,7 +88,9 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, length, width = x.shape
         qkv = self.c_attn(self.ln_1(x)).reshape(batch, length, 3, self.heads, -1)
-        mixed = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], is_causal=True)
+        mixed = jax.nn.dot_product_attention(
+            qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], is_causal=True
+        )
         x = x + self.c_proj(mixed.reshape(batch, length, width))
         return x + self.c_out(_ACTIVATIONS[self.activation](self.c_fc(self.ln_2(x))))
 
@@ -143,7 +145,5 @@ class DecoderLoss:
             )
         model = nnx.merge(_graph(self.config), params)
         hidden = model(windows[:, :-1]).reshape(count * (length - 1), -1)
-        losses = token_cross_entropy(
-            hidden, params["wte"]["embedding"], windows[:, 1:].reshape(-1)
-        )
+        losses = token_cross_entropy(hidden, params["wte"]["embedding"], windows[:, 1:].reshape(-1))
         return losses.reshape(count, -1).mean(axis=1)

@@ -1,0 +1,151 @@
+"""The calibrator: rounds in this process, or beside training in a process of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from metagrad_filter.calibration.config import CalibrationConfig
+from metagrad_filter.calibration.live import latest_live, save_live
+from metagrad_filter.calibration.round import (
+    Progress,
+    RoundReport,
+    check_source,
+    run_round,
+)
+from metagrad_filter.calibration.source import WindowSource
+from metagrad_filter.calibration.worker import BackgroundCalibration, start_worker
+from metagrad_filter.files import canonical_json, write_once
+from metagrad_filter.labels import LabelStore
+from metagrad_filter.proxy.proxy import Proxy
+from metagrad_filter.registry import Registry
+from metagrad_filter.targets import HeldOutLoss
+from metagrad_filter.windows import SeriesWindows, TextWindows
+
+PyTree = Any
+
+
+class Calibrator:
+    """Learns scorers from metagradients and publishes them in a run directory.
+
+    Args:
+      run_dir: the directory that `score_filter` reads; created if missing.
+      proxy: the model in training.
+      target: what the filter should improve.
+      windows: raw windows, see `WindowSource`: an `(N, T)` array, a .npy path, or a dataset with
+        random access together with `elements`.
+      config: how rounds are run.
+      elements: how an element of a dataset becomes an array.
+      progress: called with stage name, done and total.
+
+    Example:
+      >>> calibrator = Calibrator(run_dir, proxy=proxy, target=HeldOutLoss(held_out),
+      ...                         windows=windows)                           # doctest: +SKIP
+      >>> report = calibrator.round()                                       # doctest: +SKIP
+      >>> with calibrator.background():                                     # doctest: +SKIP
+      ...     train()
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        proxy: Proxy,
+        target: HeldOutLoss,
+        windows: Any,
+        config: CalibrationConfig | None = None,
+        elements: TextWindows | SeriesWindows | None = None,
+        progress: Progress | None = None,
+    ):
+        self.run_dir = Path(run_dir)
+        self.config = config or CalibrationConfig()
+        self.proxy = proxy
+        self.target = target
+        self.source = WindowSource(windows, elements)
+        self.progress = progress or _silent
+        check_source(self.source, self.config)
+        self.registry = Registry(self.run_dir)
+        self.labels = LabelStore(self.run_dir)
+        self._reports = self.run_dir / "rounds"
+        self._reports.mkdir(parents=True, exist_ok=True)
+
+    def follow(self, step: int, params: PyTree, opt_state: PyTree) -> None:
+        """Hands over the training state of a step; later rounds start from the newest one.
+
+        Returns when the state is complete under `run_dir/live`, so training may go on at once.
+        """
+        save_live(self.run_dir, step, params, opt_state)
+
+    def round(self) -> RoundReport:
+        """Runs one round in this process: labels, fit, gate, publish (or the reason why not)."""
+        proxy, step = self.proxy, None
+        live = latest_live(self.run_dir, proxy.params, proxy.opt_state)
+        if live is not None:
+            step, params, opt_state = live
+            proxy = proxy.at(params, opt_state)
+        report = run_round(
+            proxy,
+            self.target,
+            self.source,
+            self.config,
+            number=self._next_number(),
+            registry=self.registry,
+            store=self.labels,
+            live_step=step,
+            progress=self.progress,
+        )
+        path = self._reports / f"round-{report.round:06d}.json"
+        write_once(path, canonical_json(report.to_json()))
+        return report
+
+    @contextmanager
+    def background(
+        self, *, rounds: int | None = None, pause_seconds: float = 0.0
+    ) -> Iterator[BackgroundCalibration]:
+        """Runs rounds in a process of its own until the block ends.
+
+        The process starts each round from the newest state that `follow` has stored. Whatever
+        becomes of it, the loader goes on with the versions that are published. At the end of the
+        block a round in progress is abandoned. A script that uses this needs the usual
+        `if __name__ == "__main__":` guard of Python's spawned processes.
+
+        Args:
+          rounds: how many to run, None for as many as time allows.
+          pause_seconds: pause between rounds.
+
+        Yields:
+          `BackgroundCalibration`, to look at or to wait for.
+
+        Raises:
+          ConfigError: the proxy or the windows cannot be sent to another process.
+        """
+        with start_worker(self, rounds=rounds, pause_seconds=pause_seconds) as worker:
+            yield worker
+
+    def reports(self) -> list[dict[str, Any]]:
+        """Reports of the finished rounds in this run directory, oldest first, as JSON."""
+        return [
+            json.loads(path.read_bytes()) for path in sorted(self._reports.glob("round-*.json"))
+        ]
+
+    def _next_number(self) -> int:
+        reported = [int(path.stem[6:]) for path in self._reports.glob("round-*.json")]
+        return max([*reported, *self.labels.rounds()], default=0) + 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For the worker process: arrays on the host, no callback into this process."""
+        proxy = self.proxy.at(
+            jax.tree.map(np.asarray, self.proxy.params),
+            jax.tree.map(np.asarray, self.proxy.opt_state),
+        )
+        return {**self.__dict__, "proxy": proxy, "progress": _silent}
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    del stage, done, total

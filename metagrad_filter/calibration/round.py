@@ -1,0 +1,267 @@
+"""One calibration round as one function: sample -> trajectories -> probe -> labels -> fit -> gate.
+
+Trajectories start at the proxy's live parameters from warm moments, take fresh batches of the raw
+(unfiltered) stream at a cooled learning rate, and run about as long as the selection will act; the
+cotangent is averaged over all insertion steps. Each of these is load-bearing: the step-0 cotangent,
+the filtered stream, a short horizon or the live rate give labels that look reliable and select
+badly.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from metagrad_filter.calibration.config import CalibrationConfig
+from metagrad_filter.calibration.gate import GateResult, draw, json_strength, run_gate
+from metagrad_filter.calibration.source import WindowSource
+from metagrad_filter.errors import ConfigError, NonFiniteMetagradient, WindowError
+from metagrad_filter.labels import LabelStore, RoundLabels
+from metagrad_filter.metagradient.adjoint import metagradients
+from metagrad_filter.metagradient.optimizer import warm_state
+from metagrad_filter.metagradient.probe import score_with_probes
+from metagrad_filter.proxy.proxy import Proxy
+from metagrad_filter.registry import Registry
+from metagrad_filter.scorer.fit import fit_scorer
+from metagrad_filter.scorer.scorer import Scorer
+from metagrad_filter.targets import HeldOutLoss
+
+PyTree = Any
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What a round did.
+
+    Attributes:
+      round: its number, from 1.
+      version: the version it published, or None.
+      reason: "published", or why not.
+      reliability: split-half rank correlation of the labels.
+      rank_correlation: of the scorer with labels that its fit has not seen.
+      form: "linear" or "linear+bag".
+      labels: windows that the scorer was fitted and judged on, over the pooled rounds.
+      gate: what the paired runs measured, or None where the round ended before them.
+      live_step: step of the live training state that the round started from, or None.
+      masked_coordinates: coordinates without second moment, whose cotangent was set to zero.
+      seconds: wall time by stage.
+    """
+
+    round: int
+    version: int | None
+    reason: str
+    reliability: float | None = None
+    rank_correlation: float | None = None
+    form: str | None = None
+    labels: int = 0
+    gate: GateResult | None = None
+    live_step: int | None = None
+    masked_coordinates: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def strength(self) -> float | None:
+        """How strongly the published version filters, or None."""
+        return self.gate.chosen if self.gate and self.version is not None else None
+
+    def to_json(self) -> dict[str, Any]:
+        strength = None if self.strength is None else json_strength(self.strength)
+        gate = self.gate.to_json() if self.gate else None
+        return {**self.__dict__, "gate": gate, "strength": strength}
+
+
+def run_round(
+    proxy: Proxy,
+    target: HeldOutLoss,
+    source: WindowSource,
+    config: CalibrationConfig,
+    *,
+    number: int,
+    registry: Registry,
+    store: LabelStore,
+    live_step: int | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> RoundReport:
+    """Runs one round and publishes its version, or records why not.
+
+    Args:
+      proxy: the model at the point of training that the round measures.
+      target: outer metric and gate split.
+      source: raw windows.
+      config: the round's configuration.
+      number: of the round; folded into every random choice.
+      registry: where the version goes.
+      store: where the labels go.
+      live_step: training step of `proxy`, for the report.
+      progress: called with stage name, done and total; may raise to end the round early.
+    """
+    clock = _Stages()
+    rng = np.random.default_rng([config.seed, number])
+    vocab_size = _vocab_size(proxy, config)
+    every = np.arange(len(source))
+    try:
+        with clock("trajectories"):
+            probes, masked = _averaged_probes(proxy, target, source, config, rng, progress)
+        with clock("labels"):
+            order = rng.permutation(every)
+            labelled = order[: config.labels]
+            windows = source.take(labelled)
+            halves = score_with_probes(
+                proxy.loss,
+                proxy.params,
+                probes,
+                windows,
+                progress=lambda done: progress("labels", done, len(windows)),
+            )
+    except NonFiniteMetagradient as error:
+        registry.reject(None, "non_finite", {"round": number, "detail": str(error)})
+        return RoundReport(number, None, f"non-finite: {error}", live_step=live_step)
+    labels = RoundLabels(windows, halves)
+    reliability = labels.reliability
+    found = RoundReport(
+        number,
+        None,
+        "",
+        reliability=reliability,
+        live_step=live_step,
+        masked_coordinates=masked,
+        seconds=clock.seconds,
+    )
+    if not reliability >= config.minimum_reliability:
+        registry.reject(None, "unreliable", {"round": number, "reliability": reliability})
+        return replace(
+            found,
+            reason=f"unreliable: split-half correlation {reliability:.2f} is below "
+            f"{config.minimum_reliability}; lower learning_rate_scale or raise trajectories",
+        )
+    store.append(number, labels)
+    with clock("fit"):
+        progress("fit", 0, 1)
+        pooled_windows, pooled_labels = store.pooled(config.pooled_rounds)
+        scorer = fit_scorer(
+            pooled_windows,
+            pooled_labels,
+            vocab_size=vocab_size,
+            seed=config.seed,
+            pad_id=config.pad_id,
+        )
+        progress("fit", 1, 1)
+    with clock("gate"):
+        rest = order[config.labels :]
+        needed = config.gate_steps * config.batch_windows
+        gate = run_gate(
+            proxy,
+            scorer,
+            target.gate_metric(proxy.loss),
+            source,
+            rest if len(rest) >= needed else every,
+            config,
+            seed=int(rng.integers(2**31)),
+            progress=lambda done, total: progress("gate", done, total),
+        )
+    found = replace(
+        found,
+        rank_correlation=scorer.metadata["rank_correlation"],
+        form=scorer.metadata["form"],
+        labels=len(pooled_windows),
+        gate=gate,
+    )
+    return _publish(found, scorer, config, registry)
+
+
+def _publish(
+    found: RoundReport, scorer: Scorer, config: CalibrationConfig, registry: Registry
+) -> RoundReport:
+    assert found.gate is not None
+    metadata = {
+        "round": found.round,
+        "reliability": found.reliability,
+        "gate": found.gate.to_json(),
+        "live_step": found.live_step,
+        "config": config.to_json(),
+    }
+    if found.gate.chosen == 0 and registry.latest() is None:
+        registry.reject(scorer, "gate", metadata)
+        return replace(found, reason="gate: no strength was clearly better than uniform")
+    # With a version already filtering, "uniform is best now" has to be said by a version too.
+    version = registry.publish(replace(scorer, strength=found.gate.chosen), metadata)
+    return replace(found, version=version, reason="published")
+
+
+def _averaged_probes(
+    proxy: Proxy,
+    target: HeldOutLoss,
+    source: WindowSource,
+    config: CalibrationConfig,
+    rng: np.random.Generator,
+    progress: Progress,
+) -> tuple[list[PyTree], int]:
+    """Mean probe of each half of the trajectories, and the number of masked coordinates."""
+    optimizer = proxy.transformation(proxy.learning_rate * config.learning_rate_scale)
+    start = warm_state(optimizer, proxy.params, proxy.opt_state)
+    outer = target.outer(proxy.loss)
+    every = np.arange(len(source))
+    halves: list[list[PyTree]] = [[], []]
+    masked = 0
+    for i in range(config.trajectories):
+        progress("trajectories", i, config.trajectories)
+        index = draw(rng, every, config.horizon * config.batch_windows)
+        windows = source.take(index)
+        result = metagradients(
+            proxy.loss,
+            outer,
+            proxy.params,
+            start,
+            windows.reshape(config.horizon, config.batch_windows, *windows.shape[1:]),
+            optimizer=optimizer,
+            microbatch=config.microbatch,
+        )
+        halves[i % 2].append(result.probe)
+        masked = max(masked, result.masked_coordinates)
+    progress("trajectories", config.trajectories, config.trajectories)
+    means = [jax.tree.map(lambda *x: sum(x) / len(x), *probes) for probes in halves]
+    return means, masked
+
+
+def _vocab_size(proxy: Proxy, config: CalibrationConfig) -> int:
+    known = config.vocab_size or getattr(getattr(proxy.loss, "config", None), "vocab_size", None)
+    if not isinstance(known, int) or known < 1:
+        raise ConfigError(
+            "the vocabulary size is unknown; set CalibrationConfig(vocab_size=...) to the "
+            "tokenizer's, the loader checks token ids by it."
+        )
+    return known
+
+
+class _Stages:
+    """Wall time by stage: `with clock("fit"): ...`."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._running: tuple[str, float] = ("", 0.0)
+
+    def __call__(self, name: str) -> _Stages:
+        self._running = (name, time.monotonic())
+        return self
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exc: object) -> None:
+        name, start = self._running
+        self.seconds[name] = round(time.monotonic() - start, 3)
+
+
+def check_source(source: WindowSource, config: CalibrationConfig) -> None:
+    """Raises `WindowError` where the source is too small to fit and judge a scorer."""
+    if len(source) < 50:
+        raise WindowError(
+            f"the source holds {len(source)} windows; a round labels up to {config.labels} and "
+            "needs at least 50."
+        )

@@ -1,0 +1,136 @@
+"""The background calibration worker: rounds in a spawned process beside training.
+
+Training never waits for it and never depends on it: the two meet in the run directory only. The
+worker runs at low priority, ends itself when its parent is gone, and may be killed at any moment,
+for everything it leaves behind is written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metagrad_filter.errors import CalibrationFailed, ConfigError
+
+if TYPE_CHECKING:
+    from metagrad_filter.calibration.calibrator import Calibrator
+
+_NICENESS = 10
+_STOP_SECONDS = 5.0
+
+
+class _Stopped(Exception):
+    """Raised inside a round when the block in the parent has ended."""
+
+
+class BackgroundCalibration:
+    """A worker process that runs calibration rounds.
+
+    Attributes:
+      process: the process; its death harms nothing but the freshness of the scorer.
+      error_path: where the worker leaves a traceback if a round raises.
+    """
+
+    def __init__(self, process: Any, calibrator: Calibrator, error_path: Path):
+        self.process = process
+        self.error_path = error_path
+        self._calibrator = calibrator
+        self._before = len(calibrator.reports())
+
+    @property
+    def alive(self) -> bool:
+        return self.process.is_alive()
+
+    def reports(self) -> list[dict[str, Any]]:
+        """Reports of the rounds finished since this worker started, oldest first."""
+        return self._calibrator.reports()[self._before :]
+
+    def wait(self, rounds: int = 1, *, timeout_seconds: float = 3600.0) -> list[dict[str, Any]]:
+        """Waits until that many rounds have finished. For tests and demonstrations: a training
+        loop has no reason to wait.
+
+        Raises:
+          CalibrationFailed: the worker died or time ran out first; the message says which.
+        """
+        end = time.monotonic() + timeout_seconds
+        while len(done := self.reports()) < rounds:
+            if not self.alive and len(done := self.reports()) < rounds:
+                detail = ""
+                with suppress(FileNotFoundError):
+                    detail = "; it left: " + self.error_path.read_text().strip()
+                raise CalibrationFailed(
+                    f"the calibration worker ended with exit code {self.process.exitcode} after "
+                    f"{len(done)} of {rounds} rounds{detail}"
+                )
+            if time.monotonic() > end:
+                raise CalibrationFailed(
+                    f"{len(done)} of {rounds} rounds finished in {timeout_seconds:.0f} seconds; "
+                    "wait longer or lower horizon, trajectories or labels."
+                )
+            time.sleep(0.1)
+        return done
+
+
+@contextmanager
+def start_worker(
+    calibrator: Calibrator, *, rounds: int | None, pause_seconds: float
+) -> Iterator[BackgroundCalibration]:
+    """Spawns the worker; see `Calibrator.background`."""
+    context = mp.get_context("spawn")
+    stop = context.Event()
+    error_path = calibrator.run_dir / "rounds" / "worker-error.txt"
+    error_path.unlink(missing_ok=True)
+    try:
+        # Serialised here only to turn a failure into advice before a process exists.
+        ForkingPickler.dumps(calibrator)
+    except Exception as error:
+        raise ConfigError(
+            f"the calibrator cannot be sent to another process: {error}; make loss and optimizer "
+            "importable (a module-level function, DecoderLoss, functools.partial(optax.adamw)) "
+            "and pass windows as an array or a .npy path."
+        ) from error
+    process = context.Process(
+        target=_work,
+        args=(calibrator, stop, rounds, pause_seconds, error_path, os.getpid()),
+        name="metagrad-calibration",
+        daemon=True,
+    )
+    process.start()
+    try:
+        yield BackgroundCalibration(process, calibrator, error_path)
+    finally:
+        stop.set()
+        process.join(_STOP_SECONDS)
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def _work(calibrator, stop, rounds, pause_seconds, error_path, parent) -> None:
+    os.nice(_NICENESS)
+
+    def progress(stage: str, done: int, total: int) -> None:
+        del stage, done, total
+        if stop.is_set() or os.getppid() != parent:
+            raise _Stopped
+
+    calibrator.progress = progress
+    finished = 0
+    try:
+        while rounds is None or finished < rounds:
+            calibrator.round()
+            finished += 1
+            if stop.wait(pause_seconds) or os.getppid() != parent:
+                return
+    except _Stopped:
+        return
+    except Exception:
+        error_path.write_text(traceback.format_exc())
+        raise

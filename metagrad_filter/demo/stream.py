@@ -1,0 +1,166 @@
+"""The live stream of the demo, and continued training on what a method keeps of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+import optax
+
+from metagrad_filter.demo.config import DemoConfig
+from metagrad_filter.demo.data import CLASS_NAMES, ON_TARGET
+from metagrad_filter.demo.training import State, train, window_losses
+from metagrad_filter.errors import WindowError
+from metagrad_filter.metagradient.optimizer import warm_state
+from metagrad_filter.proxy.proxy import Proxy
+from metagrad_filter.selection import select
+from metagrad_filter.transform import score_filter
+from metagrad_filter.windows import TextWindows
+
+EVALUATE_EVERY = 24  # steps; a divisor of half of the stream's
+
+
+class _Source:
+    """Random-access grain source of `{"tokens", "class"}` elements in a given order."""
+
+    def __init__(self, windows: np.ndarray, classes: np.ndarray, order: np.ndarray):
+        self._windows, self._classes, self._order = windows, classes, order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: Any) -> dict[str, Any]:
+        position = self._order[index]
+        return {"tokens": self._windows[position], "class": self._classes[position]}
+
+    def __repr__(self) -> str:
+        return f"_Source({len(self)} windows)"
+
+
+def live_batches(
+    windows: np.ndarray,
+    classes: np.ndarray,
+    order: np.ndarray,
+    run_dir: Path,
+    config: DemoConfig,
+    *,
+    name: str,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of the filtered stream: a real grain pipeline with the product's filter in it.
+
+    The scorer version may change at half of the stream. The pipeline reads no further ahead than
+    the block it is filtering, so the version is decided when training reaches it.
+    """
+    ds = grain.MapDataset.source(_Source(windows, classes, order)).to_iter_dataset(
+        grain.ReadOptions(num_threads=1, prefetch_buffer_size=64)
+    )
+    ds = score_filter(
+        ds,
+        run_dir,
+        keep_ratio=config.keep_ratio,
+        windows=TextWindows("tokens"),
+        block_windows=config.block_windows,
+        swap_every_blocks=config.blocks // 2,
+        seed=config.seed,
+        name=name,
+        annotate=True,
+    )
+    return iter(ds.batch(config.batch_windows))
+
+
+def kept_by(
+    scores: np.ndarray | None, order: np.ndarray, config: DemoConfig, *, seed: int
+) -> np.ndarray:
+    """Positions that a method keeps of the stream, block by block; None keeps a uniform choice."""
+    quota = round(config.block_windows * config.keep_ratio)
+    kept = []
+    for block, first in enumerate(range(0, len(order), config.block_windows)):
+        here = order[first : first + config.block_windows]
+        chosen = select(
+            None if scores is None else scores[here],
+            len(here),
+            quota,
+            seed=seed,
+            name="rival",
+            block=block,
+        )
+        kept.append(here[chosen])
+    return np.concatenate(kept)
+
+
+def kept_on_target(classes: np.ndarray, order: np.ndarray, config: DemoConfig) -> np.ndarray:
+    """The ceiling: the first on-target windows of each block, by their known class."""
+    quota = round(config.block_windows * config.keep_ratio)
+    kept = []
+    for first in range(0, len(order), config.block_windows):
+        here = order[first : first + config.block_windows]
+        known = here[classes[here] == ON_TARGET][:quota]
+        if len(known) < quota:
+            raise WindowError(
+                f"block {first // config.block_windows} holds {len(known)} on-target windows, "
+                f"fewer than the {quota} to keep; use larger blocks or a lower keep ratio."
+            )
+        kept.append(known)
+    return np.concatenate(kept)
+
+
+def class_shares(classes: np.ndarray) -> dict[str, float]:
+    """Share of each class among `(n,)` class indices."""
+    counts = np.bincount(classes, minlength=len(CLASS_NAMES)) / len(classes)
+    return {name: float(share) for name, share in zip(CLASS_NAMES, counts)}
+
+
+@dataclass
+class Arm:
+    """Continued training from the base: the state so far and its loss curve.
+
+    Attributes:
+      proxy: the base.
+      optimizer: at a rate that falls linearly over the stream.
+      report: windows on which the loss is measured.
+      state: parameters and optimizer state.
+      tokens: training tokens at which the loss was measured.
+      losses: nats per token there.
+    """
+
+    proxy: Proxy
+    optimizer: optax.GradientTransformation
+    report: np.ndarray
+    state: State
+    tokens: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    steps: int = 0
+
+    @classmethod
+    def start(
+        cls,
+        proxy: Proxy,
+        optimizer: optax.GradientTransformation,
+        report: np.ndarray,
+        base_loss: float,
+    ) -> Arm:
+        # A copy of the moments, since training donates them.
+        moments = jax.tree.map(
+            lambda x: x + 0, warm_state(optimizer, proxy.params, proxy.opt_state)
+        )
+        state = (proxy.params, moments)
+        return cls(proxy, optimizer, report, state, tokens=[0], losses=[base_loss])
+
+    def train(self, batches: np.ndarray) -> None:
+        """Takes one step per batch of `(steps, B, T)` windows, then measures the loss."""
+        self.state = train(self.proxy.loss, self.optimizer, self.state, batches)
+        self.steps += len(batches)
+        self.tokens.append(self.steps * batches.shape[1] * (batches.shape[2] - 1))
+        self.losses.append(float(window_losses(self.proxy.loss, self.state[0], self.report).mean()))
+
+    def train_all(self, windows: np.ndarray, batch: int, done: Callable[[], None]) -> None:
+        """Trains on `(n, T)` windows in order, measuring every `EVALUATE_EVERY` steps."""
+        batches = windows.reshape(-1, batch, windows.shape[1])
+        for start in range(0, len(batches), EVALUATE_EVERY):
+            self.train(batches[start : start + EVALUATE_EVERY])
+        done()

@@ -1,0 +1,60 @@
+"""What a run directory holds: versions, ledgers, rejected candidates, calibration rounds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from metagrad_filter.errors import ConfigError, ScorerRejected
+from metagrad_filter.ledger import Ledger
+from metagrad_filter.registry import Registry
+
+
+def inspect_run(run_dir: str | Path) -> dict[str, Any]:
+    """Reads a run directory; JSON types only.
+
+    Returns:
+      `versions` (each verified; `state` is "ok" or why it is refused), `ledgers` by filter name,
+      `rejected` candidates with reasons, `rounds` reports.
+
+    Raises:
+      ConfigError: there is no such directory, or nothing in it comes from this package.
+    """
+    run_dir = Path(run_dir)
+    parts = [run_dir / name for name in ("registry", "ledger", "rounds")]
+    if not any(part.is_dir() for part in parts):
+        raise ConfigError(
+            f"{run_dir} is not a run directory: it has neither registry, ledger nor rounds; pass "
+            "the directory that score_filter and Calibrator were given."
+        )
+    registry, ledger, rounds = parts
+    names = sorted(path.name for path in ledger.iterdir()) if ledger.is_dir() else []
+    return {
+        "versions": [
+            _version(Registry(run_dir), number) for number in Registry(run_dir).versions()
+        ],
+        "ledgers": {
+            name: [
+                Ledger(run_dir, name).entries()[k] for k in sorted(Ledger(run_dir, name).entries())
+            ]
+            for name in names
+        },
+        "rejected": [json.loads(p.read_bytes()) for p in sorted(registry.glob("rejected-*.json"))],
+        "rounds": [json.loads(p.read_bytes()) for p in sorted(rounds.glob("round-*.json"))],
+    }
+
+
+def _version(registry: Registry, number: int) -> dict[str, Any]:
+    try:
+        scorer, manifest = registry.load_with_manifest(number)
+    except ScorerRejected as error:
+        return {"version": number, "state": f"refused ({error.reason})"}
+    fields = {name: scorer.metadata.get(name) for name in ("round", "form", "labels")}
+    return {
+        "version": number,
+        **fields,
+        "rank_correlation": scorer.metadata.get("rank_correlation"),
+        "strength": manifest["strength"],
+        "state": "ok",
+    }

@@ -1,0 +1,130 @@
+"""Labels: a window's aggregated score from one calibration round, and how reliable it is.
+
+Raw probe scores have monstrous tails (a coordinate with almost no second moment divides by its
+root), so labels are the Gaussian quantiles of ranks. Each round appends one file that is never
+rewritten; a version is fitted on the pooled labels of recent rounds, because the average of two
+rounds selects better than the newest alone.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import norm, rankdata, spearmanr
+
+from metagrad_filter.errors import DataError, NonFiniteMetagradient
+from metagrad_filter.files import write_once
+
+_FILE = re.compile(r"round-(\d{6})\.npz")
+
+
+def gaussian_ranks(scores: np.ndarray) -> np.ndarray:
+    """Normal quantiles of the ranks of `(N,)` scores: `(N,)` float32, ties share their mean rank.
+
+    Example:
+      >>> gaussian_ranks(np.array([5.0, -1.0, 1000.0])).round(2).tolist()
+      [0.0, -0.97, 0.97]
+    """
+    return norm.ppf((rankdata(scores) - 0.5) / max(len(scores), 1)).astype(np.float32)
+
+
+def split_half_reliability(halves: np.ndarray) -> float:
+    """Spearman correlation between the two halves of `(2, N)` scores.
+
+    It says how repeatable a label is, not whether it is right; see `check_metagradients`.
+    """
+    return float(spearmanr(halves[0], halves[1]).statistic)
+
+
+@dataclass(frozen=True)
+class RoundLabels:
+    """Labels of one round.
+
+    Attributes:
+      windows: `(N, T)` int32 or `(N, T, C)` float32.
+      halves: `(2, N)` float32 raw probe scores of two disjoint sets of trajectories.
+    """
+
+    windows: np.ndarray
+    halves: np.ndarray
+
+    @property
+    def values(self) -> np.ndarray:
+        """`(N,)` float32 labels: Gaussian ranks of the mean of the halves."""
+        return gaussian_ranks(self.halves.astype(np.float64).sum(axis=0))
+
+    @property
+    def reliability(self) -> float:
+        return split_half_reliability(self.halves)
+
+
+class LabelStore:
+    """Append-only labels under `run_dir/labels`, one npz file (no pickle) a round."""
+
+    def __init__(self, run_dir: str | Path):
+        self.folder = Path(run_dir) / "labels"
+
+    def append(self, round_number: int, labels: RoundLabels) -> None:
+        """Stores a round; refuses non-finite scores and rounds that are already there.
+
+        Raises:
+          NonFiniteMetagradient: a score is not finite; nothing is written.
+          DataError: this round is already stored.
+        """
+        bad = np.flatnonzero(~np.isfinite(labels.halves).all(axis=0))
+        if len(bad):
+            raise NonFiniteMetagradient(
+                f"{len(bad)} labels of round {round_number} are not finite, the first for window "
+                f"{bad[0]}; the round is not stored."
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        np.savez(buffer, windows=labels.windows, halves=labels.halves)
+        if not write_once(self._path(round_number), buffer.getvalue()):
+            raise DataError(
+                f"labels of round {round_number} are already stored in {self.folder}; rounds are "
+                "never rewritten, start the next one."
+            )
+
+    def rounds(self) -> list[int]:
+        """Numbers of the stored rounds, ascending."""
+        if not self.folder.is_dir():
+            return []
+        names = (_FILE.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted(int(name[1]) for name in names if name)
+
+    def load(self, round_number: int) -> RoundLabels:
+        """Reads one round.
+
+        Raises:
+          DataError: the file is missing or damaged.
+        """
+        path = self._path(round_number)
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                return RoundLabels(data["windows"], data["halves"])
+        except Exception as error:  # numpy and zipfile raise a dozen types on damaged bytes
+            raise DataError(
+                f"labels of round {round_number} cannot be read from {path}: {error}; move the "
+                "file away, later rounds do without it."
+            ) from error
+
+    def pooled(self, recent: int) -> tuple[np.ndarray, np.ndarray]:
+        """Windows and labels of the last `recent` rounds, concatenated.
+
+        Labels are rank-normalised within their round first, so rounds at different scales mix. A
+        window labelled in several rounds occurs several times, which a least-squares fit reads as
+        the average of its labels.
+        """
+        loaded = [self.load(number) for number in self.rounds()[-recent:]]
+        return (
+            np.concatenate([labels.windows for labels in loaded]),
+            np.concatenate([labels.values for labels in loaded]),
+        )
+
+    def _path(self, round_number: int) -> Path:
+        return self.folder / f"round-{round_number:06d}.npz"

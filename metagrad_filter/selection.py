@@ -1,0 +1,177 @@
+"""Exactly k of M: which windows of a block are kept.
+
+    as_ratio(keep_ratio) -> Fraction     kept_before(n, ratio) -> int     select(...) -> indices
+
+Pure functions. The quota is a function of position alone, in exact arithmetic, so every host and
+every worker keeps the same number at every step. Randomness comes from the bits of a Philox
+counter keyed by (seed, name, block): no state, no generator method whose algorithm could change
+between numpy versions.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from fractions import Fraction
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+from metagrad_filter.errors import ConfigError
+
+_RANKING, _EXPLORATION = 0, 1
+
+
+def as_ratio(keep_ratio: Any, name: str = "keep_ratio") -> Fraction:
+    """Returns a keep ratio as an exact fraction in (0, 1]; raises `ConfigError`.
+
+    A float stands for its shortest decimal, so 0.1 is 1/10 and not the nearest binary fraction.
+
+    Example:
+      >>> as_ratio(0.1)
+      Fraction(1, 10)
+    """
+    ratio = _as_fraction(keep_ratio, name, "(0, 1]")
+    if not 0 < ratio <= 1:
+        raise _domain_error(name, keep_ratio, "(0, 1]")
+    return ratio
+
+
+def as_share(share: Any, name: str = "explore") -> Fraction:
+    """Returns a share as an exact fraction in [0, 1]; raises `ConfigError`."""
+    fraction = _as_fraction(share, name, "[0, 1]")
+    if not 0 <= fraction <= 1:
+        raise _domain_error(name, share, "[0, 1]")
+    return fraction
+
+
+def _as_fraction(value: Any, name: str, domain: str) -> Fraction:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(
+        value, (int, float, Fraction, np.integer, np.floating)
+    ):
+        raise _domain_error(name, value, domain)
+    if not math.isfinite(value):
+        raise _domain_error(name, value, domain)
+    return value if isinstance(value, Fraction) else Fraction(str(value))
+
+
+def _domain_error(name: str, value: Any, domain: str) -> ConfigError:
+    return ConfigError(
+        f"{name} is {value!r}, expected a number in {domain}; pass a float such as 0.25, or "
+        "fractions.Fraction(1, 3)."
+    )
+
+
+def kept_before(windows_seen: int, ratio: Fraction) -> int:
+    """Returns how many of the first `windows_seen` windows are kept: floor(n r), exactly."""
+    return windows_seen * ratio.numerator // ratio.denominator
+
+
+def block_of_kept(index: int, ratio: Fraction, block_windows: int) -> int:
+    """Returns the block that holds the `index`-th kept window (from 0)."""
+    # The smallest n with floor(n r) > index is ceil((index + 1) / r).
+    windows_seen = -(-(index + 1) * ratio.denominator // ratio.numerator)
+    return (windows_seen - 1) // block_windows
+
+
+def select(
+    scores: np.ndarray | None,
+    n: int,
+    k: int,
+    *,
+    strength: float = math.inf,
+    explore: Fraction | float = 0,
+    seed: int = 0,
+    name: str = "default",
+    block: int = 0,
+) -> np.ndarray:
+    """Chooses exactly k of n windows.
+
+    Without scores the choice is uniform. With scores, `k - floor(explore * k)` windows are chosen
+    by score: the best for infinite `strength`, else a draw without replacement with logits
+    `strength * gaussian rank score` (Gumbel top-k, uniform for 0). The `floor(explore * k)`
+    others are drawn uniformly from those not chosen by score. Ties go to the earlier position,
+    -0.0 equals 0.0, and non-finite scores rank last.
+
+    Args:
+      scores: `(n,)` float, higher is better, or None.
+      n: number of windows in the block.
+      k: number kept, `0 <= k <= n`.
+      strength: `0 <= strength <= inf`.
+      explore: share of k drawn uniformly, in [0, 1].
+      seed: the run's seed.
+      name: the filter's name.
+      block: index of the block; with seed and name it keys all randomness.
+
+    Returns:
+      `(k,)` int64 ascending positions.
+
+    References:
+      Kool et al., Stochastic Beams and Where to Find Them, 2019, section 2.3 (Gumbel top-k).
+
+    Example:
+      >>> select(np.array([0.1, 0.9, 0.5]), 3, 2)
+      array([1, 2])
+    """
+    if not 0 <= k <= n:
+        raise ConfigError(f"k is {k} for a block of {n} windows, expected 0 <= k <= n.")
+    if scores is None:
+        chosen = _smallest(_bits(seed, name, block, _RANKING, n), k)
+    else:
+        if scores.shape != (n,):
+            raise ConfigError(f"scores have shape {scores.shape}, expected ({n},).")
+        explored = math.floor(as_share(explore) * k)
+        chosen = _smallest(_costs(scores, strength, seed, name, block), k - explored)
+        if explored:
+            rest = np.setdiff1d(np.arange(n), chosen)
+            draw = _smallest(_bits(seed, name, block, _EXPLORATION, len(rest)), explored)
+            chosen = np.concatenate([chosen, rest[draw]])
+    return np.sort(chosen).astype(np.int64)
+
+
+def _smallest(costs: np.ndarray, k: int) -> np.ndarray:
+    """Positions of the k smallest costs, ties to the earlier position."""
+    return np.argsort(costs, kind="stable")[:k]
+
+
+def _costs(scores: np.ndarray, strength: float, seed: int, name: str, block: int) -> np.ndarray:
+    """Returns `(n,)` float64 costs whose k smallest are kept; non-finite scores cost inf."""
+    finite = np.isfinite(scores)
+    costs = -scores.astype(np.float64)
+    if not math.isinf(strength):
+        bits = _bits(seed, name, block, _RANKING, len(scores))
+        uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        costs = -strength * rank_scores(scores) + np.log(-np.log(uniform))
+    return np.where(finite, costs, np.inf)
+
+
+def rank_scores(scores: np.ndarray) -> np.ndarray:
+    """Maps scores to `(n,)` float64 standard normal quantiles of their ranks; ties share one.
+
+    Non-finite scores count as equal and lowest.
+    """
+    low = np.where(np.isfinite(scores), scores, -np.inf)
+    _, inverse, counts = np.unique(low, return_inverse=True, return_counts=True)
+    quantiles = np.array(_normal_quantiles(len(scores)))
+    ends = np.cumsum(counts)
+    sums = np.concatenate([[0.0], np.cumsum(quantiles)])
+    return ((sums[ends] - sums[ends - counts]) / counts)[inverse]
+
+
+@functools.lru_cache(maxsize=8)
+def _normal_quantiles(n: int) -> tuple[float, ...]:
+    normal = NormalDist()
+    return tuple(normal.inv_cdf((rank + 0.5) / n) for rank in range(n))
+
+
+def _bits(seed: int, name: str, block: int, purpose: int, n: int) -> np.ndarray:
+    """Returns `(n,)` uint64 Philox bits, a pure function of the arguments."""
+    return np.random.Philox(counter=[0, 0, block, purpose], key=_key(seed, name)).random_raw(n)
+
+
+@functools.lru_cache(maxsize=64)
+def _key(seed: int, name: str) -> np.ndarray:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return np.frombuffer(digest[:16], "<u8").astype(np.uint64)
