@@ -1,14 +1,14 @@
 """Every exception that this package raises on purpose.
 
     MetagradFilterError
-    ├── ConfigError           (ValueError)   an argument or a configuration field is out of its domain
-    ├── WindowError           (ValueError)   a window, a batch or a dataset cannot be read as windows
-    ├── DataError             (RuntimeError) a download or a cached file is not what it should be
-    ├── ScorerRejected        (RuntimeError) a published scorer failed verification; `reason` says why
-    ├── PublishFailed         (RuntimeError) a version could not be written; earlier versions are intact
+    ├── ConfigError           (ValueError)   an argument or configuration field is out of its domain
+    ├── WindowError           (ValueError)   a window, batch or dataset cannot be read as windows
+    ├── DataError             (RuntimeError) a download or cached file is not what it should be
+    ├── ScorerRejected        (RuntimeError) a published scorer failed verification; see `reason`
+    ├── PublishFailed         (RuntimeError) a version could not be written; earlier ones are intact
     ├── StateMismatch         (ValueError)   a checkpoint belongs to another filter; names the field
     ├── NonFiniteMetagradient (ArithmeticError) a trajectory or its adjoint left the finite numbers
-    └── CalibrationFailed     (RuntimeError) a calibration round or its worker process ended early
+    └── CalibrationFailed     (RuntimeError) a calibration round or its worker ended early
 
 Each message says what was seen, what was expected and what to do.
 """

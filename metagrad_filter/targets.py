@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from metagrad_filter.errors import ConfigError, WindowError
-from metagrad_filter.metagradient.trajectory import Loss
-
-PyTree = Any
+from metagrad_filter.types import Loss, PyTree
 
 
 class HeldOutLoss:

@@ -14,7 +14,6 @@ import numpy as np
 from metagrad_filter.calibration.config import CalibrationConfig
 from metagrad_filter.calibration.live import latest_live, save_live
 from metagrad_filter.calibration.round import (
-    Progress,
     RoundReport,
     check_source,
     run_round,
@@ -26,9 +25,8 @@ from metagrad_filter.labels import LabelStore
 from metagrad_filter.proxy.proxy import Proxy
 from metagrad_filter.registry import Registry
 from metagrad_filter.targets import HeldOutLoss
+from metagrad_filter.types import Progress, PyTree, silent
 from metagrad_filter.windows import SeriesWindows, TextWindows
-
-PyTree = Any
 
 
 class Calibrator:
@@ -68,7 +66,7 @@ class Calibrator:
         self.proxy = proxy
         self.target = target
         self.source = WindowSource(windows, elements)
-        self.progress = progress or _silent
+        self.progress = progress or silent
         check_source(self.source, self.config)
         self.registry = Registry(self.run_dir)
         self.labels = LabelStore(self.run_dir)
@@ -144,8 +142,4 @@ class Calibrator:
             jax.tree.map(np.asarray, self.proxy.params),
             jax.tree.map(np.asarray, self.proxy.opt_state),
         )
-        return {**self.__dict__, "proxy": proxy, "progress": _silent}
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    del stage, done, total
+        return {**self.__dict__, "proxy": proxy, "progress": silent}

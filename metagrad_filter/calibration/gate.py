@@ -26,8 +26,7 @@ from metagrad_filter.metagradient.trajectory import run
 from metagrad_filter.proxy.proxy import Proxy
 from metagrad_filter.scorer.scorer import Scorer
 from metagrad_filter.selection import as_ratio, kept_before, select
-
-PyTree = Any
+from metagrad_filter.types import PyTree
 
 
 @dataclass(frozen=True)

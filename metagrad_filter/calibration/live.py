@@ -7,12 +7,11 @@ another process sees a whole state or none.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-PyTree = Any
+from metagrad_filter.types import PyTree
 
 
 def save_live(run_dir: str | Path, step: int, params: PyTree, opt_state: PyTree) -> None:

@@ -10,7 +10,6 @@ badly.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,9 +29,7 @@ from metagrad_filter.registry import Registry
 from metagrad_filter.scorer.fit import fit_scorer
 from metagrad_filter.scorer.scorer import Scorer
 from metagrad_filter.targets import HeldOutLoss
-
-PyTree = Any
-Progress = Callable[[str, int, int], None]
+from metagrad_filter.types import Progress, PyTree, silent
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ def run_round(
     registry: Registry,
     store: LabelStore,
     live_step: int | None = None,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> RoundReport:
     """Runs one round and publishes its version, or records why not.
 

@@ -1,10 +1,10 @@
 """The main job, end to end, on real text.
 
 PubMed abstracts are what a small model should get better at; its stream also holds BBC news and
-shuffled abstracts. The run trains a base on the raw mixture, calibrates a scorer from metagradients,
-trains on while the filter works inside a real grain pipeline, lets a second version be calibrated
-in a process of its own and swaps it in at half of the stream, and compares with five other ways to
-choose the same number of training tokens from the same base.
+shuffled abstracts. The run trains a base on the raw mixture, calibrates a scorer from
+metagradients, trains on while the filter works inside a real grain pipeline, lets a second version
+be calibrated in a process of its own and swaps it in at half of the stream, and compares with five
+other ways to choose the same number of training tokens from the same base.
 
 While the second round runs, this process trains the rivals: a real job would train on instead, and
 would take the swap whenever it came. Waiting at the swap makes the run repeatable.
@@ -54,15 +54,14 @@ from metagrad_filter.metagradient.optimizer import warm_state
 from metagrad_filter.proxy import DecoderConfig, DecoderLoss, Proxy, init_decoder
 from metagrad_filter.scorer.fit import distinct_windows, held_out
 from metagrad_filter.targets import HeldOutLoss
-
-Progress = Callable[[str, int, int], None]
+from metagrad_filter.types import Progress, silent
 
 METHODS = ("random", "low_perplexity", "domain_match", "rho_loss", "metagrad", "on_target_only")
 _SCATTER_POINTS = 1500
 _HISTOGRAM_BINS = 60
 
 
-def run_demo(config: DemoConfig, *, progress: Progress = lambda *_: None) -> dict[str, Any]:
+def run_demo(config: DemoConfig, *, progress: Progress = silent) -> dict[str, Any]:
     """Runs the demo and writes its results; returns what `results.json` holds.
 
     Args:

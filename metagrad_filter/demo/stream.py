@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import grain
-import jax
 import numpy as np
 import optax
 
@@ -144,11 +143,7 @@ class Arm:
         report: np.ndarray,
         base_loss: float,
     ) -> Arm:
-        # A copy of the moments, since training donates them.
-        moments = jax.tree.map(
-            lambda x: x + 0, warm_state(optimizer, proxy.params, proxy.opt_state)
-        )
-        state = (proxy.params, moments)
+        state = (proxy.params, warm_state(optimizer, proxy.params, proxy.opt_state))
         return cls(proxy, optimizer, report, state, tokens=[0], losses=[base_loss])
 
     def train(self, batches: np.ndarray) -> None:

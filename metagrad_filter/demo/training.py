@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metagrad_filter.metagradient.trajectory import Loss, run
+from metagrad_filter.metagradient.trajectory import run
+from metagrad_filter.types import Loss, PyTree
 
-PyTree = Any
 State = tuple[PyTree, PyTree]
 
 _CHUNK = 24  # steps per compiled call: 2-3 times faster on CPU than one call a step
@@ -36,7 +35,7 @@ def train(
     return state
 
 
-@functools.partial(jax.jit, static_argnames=("loss", "optimizer"), donate_argnums=(1,))
+@functools.partial(jax.jit, static_argnames=("loss", "optimizer"))
 def _steps(params, opt_state, batches, *, loss, optimizer):
     weights = jnp.ones(batches.shape[:2], jnp.float32)
     return run(loss, optimizer, params, opt_state, batches, weights)[:2]

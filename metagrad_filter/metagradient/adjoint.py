@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -41,10 +41,9 @@ from metagrad_filter.metagradient.optimizer import (
     singular_moments,
     split_floats,
 )
-from metagrad_filter.metagradient.trajectory import Loss, Tape, in_pieces, run
+from metagrad_filter.metagradient.trajectory import Tape, in_pieces, run
+from metagrad_filter.types import Loss, Outer, PyTree
 
-PyTree = Any
-Outer = Callable[[PyTree], jax.Array]
 TapeKind = Literal["auto", "state", "gradient", "segments"]
 Differentiation = Literal["forward_over_reverse", "reverse_over_reverse"]
 
@@ -112,7 +111,7 @@ def metagradients(
         share one trajectory and one sweep.
       params: where the trajectory starts; a pytree of floating-point arrays.
       opt_state: `optimizer.init(params)`, or the live (warm) moments. Prefer warm ones: from cold
-        Adam moments the scores of a step sum to zero by construction.
+        Adam moments the scores of a trajectory sum to zero by construction.
       batches: pytree of arrays with leading axes `(T, B, ...)`: one fresh batch per inner step.
       optimizer: any optax transformation whose update is differentiable.
       weights: `(T, B)` loss weights, default ones.
@@ -306,7 +305,8 @@ def _checked(params, batches, weights, outers, microbatch, tape, differentiation
             f"differentiation={differentiation!r}; expected 'forward_over_reverse' or "
             "'reverse_over_reverse'."
         )
-    if microbatch is not None and (not isinstance(microbatch, int) or microbatch < 1):
+    whole = isinstance(microbatch, int) and not isinstance(microbatch, bool)
+    if microbatch is not None and not (whole and microbatch >= 1):
         raise ConfigError(f"microbatch={microbatch!r}; expected a positive int or None.")
     for path, leaf in jax.tree.leaves_with_path(params):
         if not is_float(leaf):

@@ -13,10 +13,9 @@ import optax
 from scipy.stats import spearmanr
 
 from metagrad_filter.errors import ConfigError
-from metagrad_filter.metagradient.adjoint import Outer, metagradients
-from metagrad_filter.metagradient.trajectory import Loss, run
-
-PyTree = Any
+from metagrad_filter.metagradient.adjoint import metagradients
+from metagrad_filter.metagradient.trajectory import run
+from metagrad_filter.types import Loss, Outer, PyTree
 
 
 @dataclass(frozen=True)

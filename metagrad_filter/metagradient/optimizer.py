@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import optax
 
 from metagrad_filter.errors import ConfigError
+from metagrad_filter.types import PyTree
 
-PyTree = Any
 Leaves = list[jax.Array]
 
 
@@ -96,15 +96,18 @@ def singular_moments(
             f"opt_state has the structure {seen}, but optimizer.init(params) has {expected}; pass "
             "the state of this very optimizer (a schedule adds a step count to the state)."
         )
-    return tuple(bool(flag) for flag in _slopes_at_zero(optimizer, params))
+    gradient = jax.tree.map(_ones_but_first, params)
+    slopes = _slopes_at_zero(optimizer, params, optimizer.init(params), gradient)
+    return tuple(bool(flag) for flag in slopes)
+
+
+def _ones_but_first(param: jax.Array) -> jax.Array:
+    return jnp.ones_like(param).ravel().at[0].set(0).reshape(jnp.shape(param))
 
 
 @functools.partial(jax.jit, static_argnames="optimizer")
-def _slopes_at_zero(optimizer: optax.GradientTransformation, params: PyTree) -> list[jax.Array]:
-    gradient = jax.tree.map(
-        lambda p: jnp.ones_like(p).ravel().at[0].set(0).reshape(p.shape), params
-    )
-    floats, join = split_floats(optimizer.init(params))
+def _slopes_at_zero(optimizer, params, cold, gradient) -> list[jax.Array]:
+    floats, join = split_floats(cold)
     new, pull_back = jax.vjp(
         lambda f: apply_update(optimizer, params, join(f), gradient)[0], floats
     )

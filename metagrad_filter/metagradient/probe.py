@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from metagrad_filter.errors import ConfigError, NonFiniteMetagradient, WindowError
-from metagrad_filter.metagradient.trajectory import Loss
-
-PyTree = Any
+from metagrad_filter.types import Loss, PyTree
 
 _DEFAULT_BATCH = 128
 _CHUNKS_PER_CALL = 16

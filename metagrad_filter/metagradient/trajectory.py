@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metagrad_filter.errors import ConfigError
 from metagrad_filter.metagradient.optimizer import apply_update
-
-PyTree = Any
-Loss = Callable[[PyTree, PyTree], jax.Array]
+from metagrad_filter.types import Loss, PyTree
 
 
 class Tape(NamedTuple):
@@ -50,7 +49,18 @@ def weighted_gradient(
 ) -> PyTree:
     """Gradient of `sum_i w_i loss_i / B` with at most `microbatch` windows at a time."""
     size = weights.shape[0]
-    gradient = jax.grad(lambda p, x, w: jnp.sum(w * loss(p, x)) / size)
+
+    def objective(p: PyTree, x: PyTree, w: jax.Array) -> jax.Array:
+        losses = loss(p, x)
+        if jnp.shape(losses) != w.shape:
+            # A mean over the batch would broadcast, and train as if nothing were wrong.
+            raise ConfigError(
+                f"loss(params, batch) returned shape {jnp.shape(losses)} for a batch of "
+                f"{w.shape[0]} windows; expected {w.shape}, the loss of each window."
+            )
+        return jnp.sum(w * losses) / size
+
+    gradient = jax.grad(objective)
     if microbatch is None or microbatch >= size:
         return gradient(params, batch, weights)
 

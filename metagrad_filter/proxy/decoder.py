@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +18,7 @@ from flax import nnx
 
 from metagrad_filter.errors import ConfigError
 from metagrad_filter.proxy.cross_entropy import token_cross_entropy
-
-PyTree = Any
+from metagrad_filter.types import PyTree
 
 _ACTIVATIONS = {
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
@@ -96,7 +94,7 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Token ids `(B, S)` -> final hidden states `(B, S, n_embd)`; `wte` is also the output layer."""
+    """Token ids `(B, S)` -> final hidden states `(B, S, n_embd)`; the output layer is `wte`."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         normal = nnx.initializers.normal(config.initializer_range)

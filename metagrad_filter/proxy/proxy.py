@@ -10,9 +10,8 @@ from typing import Any
 import optax
 
 from metagrad_filter.errors import ConfigError
-from metagrad_filter.metagradient.trajectory import Loss
+from metagrad_filter.types import Loss, PyTree
 
-PyTree = Any
 OptimizerFactory = Callable[[Any], optax.GradientTransformation]
 
 
