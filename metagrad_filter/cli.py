@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -47,7 +48,9 @@ class Demo:
     """Print the results as JSON instead of a table."""
 
     def run(self, console: Console) -> dict[str, Any]:
-        # Imported here: these pull in jax, which --help and inspect do not need.
+        # The worker process compiles the same programs as this one; both read this variable when
+        # they import jax, which is why it is set before.
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((self.out / "compiled").absolute()))
         from metagrad_filter.demo.config import DemoConfig
         from metagrad_filter.demo.report import summary_table
         from metagrad_filter.demo.run import run_demo
@@ -138,7 +141,7 @@ def _fail(error: Exception | str, code: int) -> int:
 
 
 def _cell(value: Any) -> str:
-    return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+    return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 @contextlib.contextmanager

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import norm, rankdata, spearmanr
+from scipy.stats import norm, rankdata
 
 from metagrad_filter.errors import DataError, NonFiniteMetagradient
 from metagrad_filter.files import write_once
+from metagrad_filter.statistics import rank_correlation
 
 _FILE = re.compile(r"round-(\d{6})\.npz")
 
@@ -35,9 +36,12 @@ def gaussian_ranks(scores: np.ndarray) -> np.ndarray:
 def split_half_reliability(halves: np.ndarray) -> float:
     """Spearman correlation between the two halves of `(2, N)` scores.
 
-    It says how repeatable a label is, not whether it is right; see `check_metagradients`.
+    It says how repeatable a label is, not whether it is right; see `check_metagradients`. A half
+    that ranks nothing, because all its scores are equal, has reliability 0.
     """
-    return float(spearmanr(halves[0], halves[1]).statistic)
+    if np.any(np.ptp(halves, axis=1) == 0):
+        return 0.0
+    return rank_correlation(halves[0], halves[1])
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from metagrad_filter.adapters.text import cut_windows, train_tokenizer
+from metagrad_filter.adapters.text import cut_windows, train_tokenizer  # pyright: ignore[reportMissingImports]
 from metagrad_filter.errors import ConfigError, WindowError
 
 DOCUMENTS = [

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from metagrad_filter.adapters.text import cut_windows
+from metagrad_filter.adapters.text import cut_windows  # pyright: ignore[reportMissingImports]
 from metagrad_filter.demo import data, fetch
 from metagrad_filter.demo.data import (
     CLASS_NAMES,

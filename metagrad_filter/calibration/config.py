@@ -61,6 +61,11 @@ class CalibrationConfig:
         self._at_least("gate_pairs", 2, "a standard error needs two pairs")
         for name in ("horizon", "batch_windows", "block_windows", "pooled_rounds", "gate_steps"):
             self._at_least(name, 1, "a positive integer")
+        self._at_least("seed", 0, "numpy seeds are not negative")
+        if self.microbatch is not None:
+            self._at_least("microbatch", 1, "windows per gradient evaluation, or None")
+        if not self.gate_margin >= 0:
+            raise ConfigError(f"gate_margin={self.gate_margin!r}; expected a number >= 0.")
         self._within("learning_rate_scale", 0, 1, closed=True)
         self._within("keep_ratio", 0, 1, closed=False)
         self._within("minimum_reliability", -1, 1, closed=True)

@@ -55,8 +55,8 @@ class GateResult:
         arms = [
             {
                 "strength": json_strength(arm.strength),
-                "gain": arm.gain,
-                "standard_error": arm.standard_error,
+                "gain": _json_number(arm.gain),
+                "standard_error": _json_number(arm.standard_error),
             }
             for arm in self.arms
         ]
@@ -65,6 +65,11 @@ class GateResult:
 
 def json_strength(strength: float) -> float | str:
     return "inf" if math.isinf(strength) else strength
+
+
+def _json_number(value: float) -> float | None:
+    # An arm that diverged has no gain, and JSON no NaN.
+    return value if math.isfinite(value) else None
 
 
 def run_gate(
@@ -126,9 +131,10 @@ def decide(losses: np.ndarray, strengths: tuple[float, ...], margin: float) -> G
     An arm is eligible when its mean gain exceeds `margin` standard errors and zero; the eligible
     arm with the largest mean gain is chosen. Non-finite losses make an arm ineligible.
     """
-    gains = losses[:, :1] - losses[:, 1:]
-    means = gains.mean(axis=0)
-    errors = gains.std(axis=0, ddof=1) / math.sqrt(len(losses))
+    with np.errstate(invalid="ignore"):
+        gains = losses[:, :1] - losses[:, 1:]
+        means = gains.mean(axis=0)
+        errors = gains.std(axis=0, ddof=1) / math.sqrt(len(losses))
     arms = tuple(
         GateArm(strength, float(mean), float(error))
         for strength, mean, error in zip(strengths[1:], means, errors)

@@ -17,9 +17,12 @@ from metagrad_filter.types import PyTree
 def save_live(run_dir: str | Path, step: int, params: PyTree, opt_state: PyTree) -> None:
     """Stores parameters and optimizer state of a training step under `run_dir/live`.
 
-    The two newest states are kept. Returns when the state is complete on disk.
+    The two newest states are kept. Where training was set back, states of this step and later ones
+    belong to a course that was given up, and are removed. Returns when the state is complete.
     """
     with _manager(run_dir) as manager:
+        for abandoned in [known for known in manager.all_steps() if known >= step]:
+            manager.delete(abandoned)
         manager.save(
             step,
             args=ocp.args.StandardSave({"params": params, "opt_state": opt_state}),

@@ -25,29 +25,26 @@ class WindowSource:
     """
 
     def __init__(self, windows: Any, elements: TextWindows | SeriesWindows | None = None):
-        if isinstance(windows, str | Path):
-            try:
-                windows = np.load(windows, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError) as error:
-                raise DataError(
-                    f"windows cannot be read from {windows}: {error}; expected a .npy file."
-                ) from error
-        if not isinstance(windows, np.ndarray) and elements is None:
+        self._path = Path(windows).absolute() if isinstance(windows, str | Path) else None
+        self._windows: Any = windows if self._path is None else _memory_map(self._path)
+        self._elements = elements
+        windows = self._windows
+        if not isinstance(windows, np.ndarray):
             if not hasattr(windows, "__getitem__") or not hasattr(windows, "__len__"):
                 raise ConfigError(
                     f"windows is a {type(windows).__name__}; expected an array, a .npy path, or a "
                     "dataset with random access (for an IterDataset name the MapDataset it is "
                     "built from)."
                 )
-            raise ConfigError(
-                "windows is a dataset; say how an element becomes an array, for instance "
-                "elements=mgf.TextWindows('tokens')."
-            )
+            if elements is None:
+                raise ConfigError(
+                    "windows is a dataset; say how an element becomes an array, for instance "
+                    "elements=mgf.TextWindows('tokens')."
+                )
         if isinstance(windows, np.ndarray) and windows.ndim < 2:
             raise WindowError(
                 f"windows have shape {windows.shape}; expected (N, T) token ids or (N, T, C)."
             )
-        self._windows, self._elements = windows, elements
         if len(self) == 0:
             raise WindowError("the source of windows is empty; check its path or its filter.")
 
@@ -60,3 +57,21 @@ class WindowSource:
             return np.ascontiguousarray(self._windows[index])
         assert self._elements is not None
         return self._elements.stack([self._windows[int(i)] for i in index])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For the worker process, which maps the file itself instead of being sent a copy."""
+        return {**self.__dict__, "_windows": self._windows if self._path is None else None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._path is not None:
+            self._windows = _memory_map(self._path)
+
+
+def _memory_map(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"windows cannot be read from {path}: {error}; expected a .npy file."
+        ) from error

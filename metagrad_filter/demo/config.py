@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class DemoConfig:
         while the stream is trained on.
       held_out_windows: windows of the target; half is differentiated, half judges at the gate.
       report_windows: other windows of the target, on which the table's losses are measured.
+      curve_windows: how many of those are used for the points of the loss curves.
       check_horizon: steps of the trajectory that finite differences are compared on.
       check_entries: windows that are compared.
       calibration: configuration of each calibration round.
@@ -42,16 +43,21 @@ class DemoConfig:
     window_tokens: int = 65
     vocab_size: int = 1024
     limit_documents: int | None = None
-    blocks: int = 72
+    blocks: int = 36
     block_windows: int = 512
     batch_windows: int = 64
-    base_steps: int = 1500
+    base_steps: int = 1000
     learning_rate: float = 4e-3
     held_out_windows: int = 2048
-    report_windows: int = 3072
-    check_horizon: int = 12
-    check_entries: int = 12
-    calibration: CalibrationConfig = CalibrationConfig(learning_rate_scale=0.15)
+    report_windows: int = 2048
+    curve_windows: int = 512
+    check_horizon: int = 8
+    check_entries: int = 10
+    calibration: CalibrationConfig = field(
+        default_factory=lambda: CalibrationConfig(
+            horizon=72, learning_rate_scale=0.15, labels=12288, gate_steps=24
+        )
+    )
 
     def __post_init__(self):
         if self.seeds < 1:
@@ -76,14 +82,15 @@ class DemoConfig:
             seeds=1,
             limit_documents=1800,
             blocks=12,
-            base_steps=240,
-            held_out_windows=384,
-            report_windows=384,
+            base_steps=200,
+            held_out_windows=256,
+            report_windows=256,
+            curve_windows=256,
             check_horizon=4,
-            check_entries=6,
+            check_entries=5,
             calibration=replace(
                 self.calibration,
-                horizon=24,
+                horizon=16,
                 trajectories=2,
                 labels=2048,
                 gate_steps=8,

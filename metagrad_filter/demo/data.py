@@ -27,7 +27,11 @@ from pathlib import Path
 
 import numpy as np
 
-from metagrad_filter.adapters.text import BYTES, cut_windows, train_tokenizer
+from metagrad_filter.adapters.text import (  # pyright: ignore[reportMissingImports]
+    BYTES,
+    cut_windows,
+    train_tokenizer,
+)
 from metagrad_filter.demo.fetch import default_cache_dir, fetch_member, fetch_members
 from metagrad_filter.errors import ConfigError, DataError
 

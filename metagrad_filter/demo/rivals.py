@@ -13,7 +13,7 @@ from metagrad_filter.demo.training import State, train, window_losses
 from metagrad_filter.metagradient.optimizer import warm_state
 from metagrad_filter.proxy.proxy import Proxy
 
-_REFERENCE_STEPS = (32, 64, 128)
+_REFERENCE_STEPS = (32, 96)
 _REFERENCE_BATCH = 64
 
 

@@ -45,7 +45,7 @@ from metagrad_filter.demo.stream import (
     kept_on_target,
     live_batches,
 )
-from metagrad_filter.demo.training import train, window_losses
+from metagrad_filter.demo.training import mean_window_loss, train, window_losses
 from metagrad_filter.errors import CalibrationFailed, DataError
 from metagrad_filter.labels import gaussian_ranks
 from metagrad_filter.ledger import Ledger
@@ -90,7 +90,7 @@ def run_demo(config: DemoConfig, *, progress: Progress = silent) -> dict[str, An
 
     with clock("base"):
         proxy = _train_base(parts.base, world.vocab_size, config, progress)
-    base_loss = float(window_losses(proxy.loss, proxy.params, parts.report).mean())
+    base_loss = mean_window_loss(proxy.loss, proxy.params, parts.report)
 
     calibrator = Calibrator(
         run_dir,
@@ -109,13 +109,14 @@ def run_demo(config: DemoConfig, *, progress: Progress = silent) -> dict[str, An
         finite_difference = _check(proxy, target, parts.stream, config)
         progress("finite differences", 1, 1)
 
-    bench = _Bench(proxy, parts, config, base_loss)
+    bench = _Bench(proxy, parts, config)
     live = bench.live_arm(run_dir, seed=0)
     progress("live stream, first half", 0, 1)
     with clock("live_stream"):
         live.train_half()
     progress("live stream, first half", 1, 1)
-    calibrator.follow(live.arm.steps, *live.arm.state)
+    params, opt_state = live.arm.state
+    calibrator.follow(live.arm.steps, params, opt_state)
     with clock("rivals_beside_calibration"), calibrator.background(rounds=1) as worker:
         bench.run_rivals(target, progress)
         progress("second calibration round", 0, 1)
@@ -136,14 +137,16 @@ def run_demo(config: DemoConfig, *, progress: Progress = silent) -> dict[str, An
                 stream = _stream_record(live.classes, live.versions, config)
             progress("live stream, second half", seed + 1, config.seeds)
 
+    scorer = _scorer_record(calibrator, parts, config)
     results = {
         "keep_ratio": config.keep_ratio,
         "seeds": list(range(config.seeds)),
         "base_loss": base_loss,
         "methods": bench.methods(
-            clock.seconds["calibration"] + sum(reports[0]["seconds"].values())
+            prepare=clock.seconds["calibration"] + sum(reports[0]["seconds"].values()),
+            score=scorer["scorer"]["score_seconds"],
         ),
-        **_scorer_record(calibrator, parts, config),
+        **scorer,
         "finite_difference": finite_difference,
         "versions": _versions(calibrator.reports(), stream["swaps"]),
         "stream": stream,
@@ -185,8 +188,8 @@ class _Parts:
 class _Bench:
     """Runs every method on the same seeds and keeps their records."""
 
-    def __init__(self, proxy: Proxy, parts: _Parts, config: DemoConfig, base_loss: float):
-        self.proxy, self.parts, self.config, self.base_loss = proxy, parts, config, base_loss
+    def __init__(self, proxy: Proxy, parts: _Parts, config: DemoConfig):
+        self.proxy, self.parts, self.config = proxy, parts, config
         rate = config.learning_rate
         self.optimizer = proxy.optimizer(optax.linear_schedule(rate, rate / 10, config.steps))
         self.orders = [
@@ -196,11 +199,11 @@ class _Bench:
         self.arms: dict[str, list[Arm]] = {name: [] for name in METHODS}
         self.kept: dict[str, list[np.ndarray]] = {name: [] for name in METHODS}
         self.seconds: dict[str, dict[str, float | None]] = {
-            name: {"prepare_seconds": 0.0, "score_seconds": 0.0} for name in METHODS
+            name: {"prepare_seconds": None, "score_seconds": None} for name in METHODS
         }
 
     def arm(self) -> Arm:
-        return Arm.start(self.proxy, self.optimizer, self.parts.report, self.base_loss)
+        return Arm.start(self.proxy, self.optimizer, self.parts.report[: self.config.curve_windows])
 
     def live_arm(self, run_dir: Path, *, seed: int) -> _LiveArm:
         batches = live_batches(
@@ -259,10 +262,12 @@ class _Bench:
                 done += 1
                 progress("rivals", done, len(names) * len(self.orders))
 
-    def methods(self, calibration_seconds: float) -> dict[str, Any]:
-        """The `methods` part of the results."""
-        self.seconds["metagrad"]["prepare_seconds"] = round(calibration_seconds, 3)
-        final = {name: [arm.losses[-1] for arm in arms] for name, arms in self.arms.items()}
+    def methods(self, *, prepare: float, score: float) -> dict[str, Any]:
+        """The `methods` part of the results, given the seconds that metagrad's scores took."""
+        self.seconds["metagrad"] = {"prepare_seconds": round(prepare, 3), "score_seconds": score}
+        final = {
+            name: [arm.loss(self.parts.report) for arm in arms] for name, arms in self.arms.items()
+        }
         random, ceiling = np.mean(final["random"]), np.mean(final["on_target_only"])
         return {
             name: {
@@ -311,7 +316,7 @@ def _train_base(
     model = DecoderConfig(
         vocab_size=vocab_size,
         n_positions=config.window_tokens - 1,
-        n_embd=64,
+        n_embd=48,
         n_layer=2,
         n_head=2,
         # Second derivatives of GELU's tanh dominate the sweep on CPU; squared ReLU has none.
@@ -370,8 +375,9 @@ def _scorer_record(calibrator: Calibrator, parts: _Parts, config: DemoConfig) ->
     newest = registry.latest()
     assert newest is not None
     scorer = registry.load(newest)
-    scores = scorer.score(parts.stream)
-    edges = np.linspace(*np.quantile(scores, [0.001, 0.999]), _HISTOGRAM_BINS + 1)
+    scores, score_seconds = _timed(scorer.score, parts.stream)
+    low, high = np.quantile(scores, [0.001, 0.999])
+    edges = np.linspace(low, high, _HISTOGRAM_BINS + 1)
     histogram = {
         name: np.histogram(scores[parts.classes == i], edges)[0].tolist()
         for i, name in enumerate(CLASS_NAMES)
@@ -387,6 +393,7 @@ def _scorer_record(calibrator: Calibrator, parts: _Parts, config: DemoConfig) ->
             "rank_correlation": last["rank_correlation"],
             "label_reliability": last["reliability"],
             "form": last["form"],
+            "score_seconds": score_seconds,
         },
         "histogram": {"edges": edges.tolist(), **histogram},
         "scatter": {
@@ -437,7 +444,7 @@ def _environment() -> dict[str, Any]:
 def _timed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, float]:
     start = time.monotonic()
     value = function(*args, **kwargs)
-    return value, round(time.monotonic() - start, 3)
+    return value, round(time.monotonic() - start, 4)
 
 
 def _clear(run_dir: Path) -> None:

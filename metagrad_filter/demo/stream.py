@@ -13,7 +13,7 @@ import optax
 
 from metagrad_filter.demo.config import DemoConfig
 from metagrad_filter.demo.data import CLASS_NAMES, ON_TARGET
-from metagrad_filter.demo.training import State, train, window_losses
+from metagrad_filter.demo.training import State, mean_window_loss, train
 from metagrad_filter.errors import WindowError
 from metagrad_filter.metagradient.optimizer import warm_state
 from metagrad_filter.proxy.proxy import Proxy
@@ -21,7 +21,7 @@ from metagrad_filter.selection import select
 from metagrad_filter.transform import score_filter
 from metagrad_filter.windows import TextWindows
 
-EVALUATE_EVERY = 24  # steps; a divisor of half of the stream's
+EVALUATE_EVERY = 18  # steps between points of the loss curve
 
 
 class _Source:
@@ -121,7 +121,7 @@ class Arm:
     Attributes:
       proxy: the base.
       optimizer: at a rate that falls linearly over the stream.
-      report: windows on which the loss is measured.
+      curve: windows on which the points of the loss curve are measured.
       state: parameters and optimizer state.
       tokens: training tokens at which the loss was measured.
       losses: nats per token there.
@@ -129,7 +129,7 @@ class Arm:
 
     proxy: Proxy
     optimizer: optax.GradientTransformation
-    report: np.ndarray
+    curve: np.ndarray
     state: State
     tokens: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -140,18 +140,26 @@ class Arm:
         cls,
         proxy: Proxy,
         optimizer: optax.GradientTransformation,
-        report: np.ndarray,
-        base_loss: float,
+        curve: np.ndarray,
     ) -> Arm:
         state = (proxy.params, warm_state(optimizer, proxy.params, proxy.opt_state))
-        return cls(proxy, optimizer, report, state, tokens=[0], losses=[base_loss])
+        arm = cls(proxy, optimizer, curve, state)
+        arm._measure(0)
+        return arm
 
     def train(self, batches: np.ndarray) -> None:
         """Takes one step per batch of `(steps, B, T)` windows, then measures the loss."""
         self.state = train(self.proxy.loss, self.optimizer, self.state, batches)
         self.steps += len(batches)
-        self.tokens.append(self.steps * batches.shape[1] * (batches.shape[2] - 1))
-        self.losses.append(float(window_losses(self.proxy.loss, self.state[0], self.report).mean()))
+        self._measure(self.steps * batches.shape[1] * (batches.shape[2] - 1))
+
+    def loss(self, windows: np.ndarray) -> float:
+        """Mean loss of `(n, T)` windows at the current parameters, nats per token."""
+        return mean_window_loss(self.proxy.loss, self.state[0], windows)
+
+    def _measure(self, tokens: int) -> None:
+        self.tokens.append(tokens)
+        self.losses.append(self.loss(self.curve))
 
     def train_all(self, windows: np.ndarray, batch: int, done: Callable[[], None]) -> None:
         """Trains on `(n, T)` windows in order, measuring every `EVALUATE_EVERY` steps."""

@@ -172,7 +172,19 @@ def metagradients(
 @functools.partial(jax.jit, static_argnames="program")
 def _sweep(params, opt_state, batches, weights, *, program: _Program):
     steps, size = weights.shape
-    forward = functools.partial(run, program.loss, program.optimizer, microbatch=program.microbatch)
+
+    def forward(state, batches, weights, **options):
+        params, opt_state = state
+        return run(
+            program.loss,
+            program.optimizer,
+            params,
+            opt_state,
+            batches,
+            weights,
+            microbatch=program.microbatch,
+            **options,
+        )
 
     # Forward: segments of `span` steps; the state tape is one segment that keeps every step.
     span = steps if program.tape == "state" else math.ceil(math.sqrt(steps))
@@ -182,8 +194,8 @@ def _sweep(params, opt_state, batches, weights, *, program: _Program):
         start = carry
         record = (lambda t: t) if program.tape == "state" else (lambda t: t.gradient)
         keep = None if program.tape == "segments" else record
-        *end, kept = forward(*carry, *inputs, record=keep)
-        return tuple(end), (None if program.tape == "state" else start, kept)
+        end, end_state, kept = forward(carry, *inputs, record=keep)
+        return (end, end_state), (None if program.tape == "state" else start, kept)
 
     head = jax.tree.map(
         lambda x: x[:whole].reshape(whole // span, span, *x.shape[1:]), (batches, weights)
@@ -210,7 +222,9 @@ def _sweep(params, opt_state, batches, weights, *, program: _Program):
         tape, batch, w = inputs
         lam, mu, cotangent, masked = pull_back_update(
             program.optimizer,
-            *tape,
+            tape.params,
+            tape.opt_state,
+            tape.gradient,
             (lam, mu),
             singular=program.singular,
             stacked=program.stacked,
@@ -225,7 +239,7 @@ def _sweep(params, opt_state, batches, weights, *, program: _Program):
         if program.tape == "state":
             tape: Tape = kept
         else:
-            *_, tape = forward(*anchor, batches, weights, gradients=kept, record=lambda t: t)
+            tape = forward(anchor, batches, weights, gradients=kept, record=lambda t: t)[2]
         return jax.lax.scan(step, carry, (tape, batches, weights), reverse=True)
 
     if whole < steps:
@@ -253,28 +267,32 @@ def _second_order(program: _Program, params, batch, weights, cotangent):
         losses = loss(p, x)
         return jnp.sum(w * losses) / size, losses
 
+    def forward_over_reverse(x, w, c):
+        def gradient(p):
+            (_, losses), g = jax.value_and_grad(objective, has_aux=True)(p, x, w)
+            return losses, g
+
+        _, (slopes, product) = jax.jvp(gradient, (params,), (c,))
+        return product, slopes
+
+    def reverse_over_reverse(x, w, c):
+        def inner(p, w):
+            g = jax.grad(lambda p: objective(p, x, w)[0])(p)
+            return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, g, c)))
+
+        product, slopes = jax.grad(inner, argnums=(0, 1))(params, w)
+        return product, slopes * size
+
+    modes = {
+        "forward_over_reverse": forward_over_reverse,
+        "reverse_over_reverse": reverse_over_reverse,
+    }
+    along = modes[program.differentiation]
+
     def piece(x, w):
-        if program.differentiation == "forward_over_reverse":
-
-            def gradient(p):
-                (_, losses), g = jax.value_and_grad(objective, has_aux=True)(p, x, w)
-                return losses, g
-
-            def along(c):
-                _, (slopes, product) = jax.jvp(gradient, (params,), (c,))
-                return product, slopes
-
-        else:
-
-            def along(c):
-                def inner(p, w):
-                    g = jax.grad(lambda p: objective(p, x, w)[0])(p)
-                    return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, g, c)))
-
-                product, slopes = jax.grad(inner, argnums=(0, 1))(params, w)
-                return product, slopes * size
-
-        return jax.vmap(along)(cotangent) if program.stacked else along(cotangent)
+        if program.stacked:
+            return jax.vmap(lambda c: along(x, w, c))(cotangent)
+        return along(x, w, cotangent)
 
     if program.microbatch is None or program.microbatch >= size:
         return piece(batch, weights)

@@ -96,9 +96,18 @@ def singular_moments(
             f"opt_state has the structure {seen}, but optimizer.init(params) has {expected}; pass "
             "the state of this very optimizer (a schedule adds a step count to the state)."
         )
+    for (path, leaf), like in zip(jax.tree.leaves_with_path(opt_state), jax.tree.leaves(cold)):
+        if jnp.shape(leaf) != like.shape:
+            raise ConfigError(
+                f"opt_state{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, but "
+                f"optimizer.init(params) has {like.shape}; pass the state of these parameters."
+            )
     gradient = jax.tree.map(_ones_but_first, params)
     slopes = _slopes_at_zero(optimizer, params, optimizer.init(params), gradient)
-    return tuple(bool(flag) for flag in slopes)
+    # A scalar without an owner is no moment but an injected hyperparameter, such as eps_root = 0.
+    known = zip(owners(params, opt_state), split_floats(opt_state)[0])
+    moments = [owner >= 0 or jnp.ndim(leaf) > 0 for owner, leaf in known]
+    return tuple(bool(slope) and moment for slope, moment in zip(slopes, moments))
 
 
 def _ones_but_first(param: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metagrad_filter.errors import ConfigError, NonFiniteMetagradient, WindowError
+from metagrad_filter.metagradient.trajectory import window_losses
 from metagrad_filter.types import Loss, PyTree
 
 _DEFAULT_BATCH = 128
@@ -41,7 +42,8 @@ def probe_scores(
 
     Raises:
       WindowError: the arrays of `windows` disagree in their leading axis.
-      ConfigError: `probe` is not shaped like `params`.
+      ConfigError: `probe` is not shaped like `params`, `loss` does not return one loss per window,
+        or `batch_size` is not positive.
       NonFiniteMetagradient: a score is not finite; names the window.
     """
     return score_with_probes(loss, params, [probe], windows, batch_size=batch_size)[0]
@@ -76,6 +78,8 @@ def score_with_probes(
                 "the probe is not shaped like params; pass one probe of metagradients(...) (with "
                 "several outer metrics, one entry of the dict)."
             )
+    if batch_size is not None and batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size!r}; expected a positive integer or None.")
     (count,) = sizes
     size = min(batch_size or _DEFAULT_BATCH, max(count, 1))
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *probes)
@@ -105,7 +109,9 @@ def score_with_probes(
 @functools.partial(jax.jit, static_argnames="loss")
 def _score_pieces(params, probes, pieces, *, loss):
     def score(batch):
-        along = functools.partial(jax.jvp, lambda p: loss(p, batch), (params,))
+        count = jax.tree.leaves(batch)[0].shape[0]
+        losses = functools.partial(window_losses, loss, batch=batch, count=count)
+        along = functools.partial(jax.jvp, losses, (params,))
         return -jax.vmap(lambda probe: along((probe,))[1])(probes)
 
     scores = jax.lax.map(score, pieces)

@@ -44,6 +44,18 @@ def in_pieces(batch: PyTree, weights: jax.Array, microbatch: int | None):
     return jax.tree.map(cut, batch), padded.reshape(-1, step)
 
 
+def window_losses(loss: Loss, params: PyTree, batch: PyTree, count: int) -> jax.Array:
+    """Losses `(count,)` of a batch; raises `ConfigError` where `loss` returns another shape."""
+    losses = loss(params, batch)
+    if jnp.shape(losses) != (count,):
+        # A mean over the batch would broadcast, and train as if nothing were wrong.
+        raise ConfigError(
+            f"loss(params, batch) returned shape {jnp.shape(losses)} for a batch of {count} "
+            f"windows; expected {(count,)}, the loss of each window."
+        )
+    return losses
+
+
 def weighted_gradient(
     loss: Loss, params: PyTree, batch: PyTree, weights: jax.Array, microbatch: int | None
 ) -> PyTree:
@@ -51,14 +63,7 @@ def weighted_gradient(
     size = weights.shape[0]
 
     def objective(p: PyTree, x: PyTree, w: jax.Array) -> jax.Array:
-        losses = loss(p, x)
-        if jnp.shape(losses) != w.shape:
-            # A mean over the batch would broadcast, and train as if nothing were wrong.
-            raise ConfigError(
-                f"loss(params, batch) returned shape {jnp.shape(losses)} for a batch of "
-                f"{w.shape[0]} windows; expected {w.shape}, the loss of each window."
-            )
-        return jnp.sum(w * losses) / size
+        return jnp.sum(w * window_losses(loss, p, x, w.shape[0])) / size
 
     gradient = jax.grad(objective)
     if microbatch is None or microbatch >= size:

@@ -22,7 +22,6 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.scipy.sparse.linalg import cg
-from scipy.stats import spearmanr
 
 from metagrad_filter.errors import ConfigError, WindowError
 from metagrad_filter.labels import gaussian_ranks
@@ -33,6 +32,7 @@ from metagrad_filter.scorer.features import (
     present_ngrams,
 )
 from metagrad_filter.scorer.scorer import Scorer
+from metagrad_filter.statistics import rank_correlation
 
 _RIDGE = (1000.0, 300.0, 100.0, 30.0)  # descending: each solution starts the next
 _MAX_IDF = 6.0
@@ -117,7 +117,7 @@ def fit_scorer(
     for ridge in _RIDGE:
         weights, bias = _ridge(features.take(fit), jnp.asarray(targets[fit]), weights, ridge)
         predicted = _predict(features.take(choose), weights) + bias
-        candidates.append((_rank_correlation(predicted, targets[choose]), ridge, weights, bias))
+        candidates.append((rank_correlation(predicted, targets[choose]), ridge, weights, bias))
     chosen, ridge, weights, bias = max(candidates, key=lambda c: c[0])
 
     bag = None
@@ -133,7 +133,7 @@ def fit_scorer(
         "form": form,
         "ridge": ridge,
         "labels": len(labels),
-        "rank_correlation": _rank_correlation(scorer.score(windows[test]), targets[test]),
+        "rank_correlation": rank_correlation(scorer.score(windows[test]), targets[test]),
     }
     return replace(scorer, metadata=metadata)
 
@@ -154,13 +154,6 @@ def distinct_windows(windows: np.ndarray, values: np.ndarray) -> tuple[np.ndarra
 def held_out(count: int, seed: int) -> np.ndarray:
     """Positions among `count` distinct windows that a fit with this seed never sees."""
     return np.random.default_rng(seed).permutation(count)[: count // 10]
-
-
-def _rank_correlation(predicted: Any, targets: np.ndarray) -> float:
-    predicted = np.asarray(predicted)
-    if np.ptp(predicted) == 0 or np.ptp(targets) == 0:
-        return 0.0
-    return float(spearmanr(predicted, targets).statistic)
 
 
 class _Features(NamedTuple):
@@ -277,7 +270,7 @@ def _fit_bag(scorer, windows, targets, fit, choose, chosen, seed) -> Scorer | No
             hidden_bias=np.asarray(params["hidden"]["bias"]),
             output_kernel=np.asarray(params["output"]["kernel"])[:, 0],
         )
-        found = _rank_correlation(deeper.score(windows[choose]), targets[choose])
+        found = rank_correlation(deeper.score(windows[choose]), targets[choose])
         if best is not None and found < best[0]:
             break
         best = (found, deeper)

@@ -1,0 +1,1 @@
+"""Benchmarks: scripts that measure, and the JSON records they write."""

@@ -1,0 +1,65 @@
+"""The record behind the README's table: runs the demo, stores its JSON, rewrites the table.
+
+python -m bench.demo            run, then store and rewrite (about ten minutes on two cores)
+python -m bench.demo --table    rewrite the table from the stored record
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RECORD = ROOT / "bench" / "records" / "demo.json"
+README = ROOT / "README.md"
+_BEGIN, _END = "<!-- demo-table -->", "<!-- /demo-table -->"
+
+
+def facts(record: dict[str, Any]) -> str:
+    """The sentences below the table, each figure from the record."""
+    scorer, check = record["scorer"], record["finite_difference"]
+    world, config = record["world"], record["config"]
+    return (
+        f"{len(record['seeds'])} paired seeds; spread is the standard deviation over them. "
+        f"{config['parameters']:,} parameters, {world['stream_windows']:,} stream windows of "
+        f"{world['window_tokens']} tokens, base model at {record['base_loss']:.3f} nats/token. "
+        f"Split-half reliability of the labels {scorer['label_reliability']:.2f}, rank correlation "
+        f"of the scorer with labels it was not fitted on {scorer['rank_correlation']:.2f}, of the "
+        f"adjoint with finite differences {check['rank_correlation']:.3f}. "
+        f"{len(record['versions'])} versions, the second swapped in mid-stream. "
+        f"The run took {record['seconds']:.0f} s on {record['environment']['cpus']} CPU cores."
+    )
+
+
+def with_table(readme: str, record: dict[str, Any]) -> str:
+    """The README with the table and its facts replaced by those of the record."""
+    from metagrad_filter.demo.report import markdown_table
+
+    before, rest = readme.split(_BEGIN)
+    _, after = rest.split(_END)
+    return f"{before}{_BEGIN}\n{markdown_table(record).strip()}\n\n{facts(record)}\n{_END}{after}"
+
+
+def main(arguments: list[str]) -> None:
+    if arguments not in ([], ["--table"]):
+        sys.exit(f"bench.demo: unknown arguments {arguments}; expected none or --table")
+    if not arguments:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / "demo" / "compiled"))
+        from metagrad_filter.demo.config import DemoConfig
+        from metagrad_filter.demo.run import run_demo
+
+        results = run_demo(DemoConfig(out=ROOT / "demo"), progress=_line)
+        RECORD.write_text(json.dumps(results, indent=1) + "\n")
+    README.write_text(with_table(README.read_text(), json.loads(RECORD.read_text())))
+
+
+def _line(stage: str, done: int, total: int) -> None:
+    if done == total:
+        print(f"{stage}: done", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,250 @@
+"""Distillation: what a scorer recovers from labels, and what it must not be misled by."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import spearmanr
+
+import metagrad_filter as mgf
+from metagrad_filter.errors import ConfigError, WindowError
+from metagrad_filter.scorer import fit
+from metagrad_filter.scorer.fit import distinct_windows, fit_scorer, held_out
+
+VOCAB, LENGTH, BITS = 40, 16, 12
+
+
+def tokens(count, seed):
+    return np.random.default_rng(seed).integers(0, VOCAB, (count, LENGTH)).astype(np.int32)
+
+
+def worth(windows):
+    """A window's true score: a sum of weights of its unigrams and bigrams."""
+    rng = np.random.default_rng(99)
+    unigrams, bigrams = rng.normal(size=VOCAB), rng.normal(size=(VOCAB, VOCAB)) / 2
+    pairs = bigrams[windows[:, :-1], windows[:, 1:]].sum(axis=1)
+    return unigrams[windows].sum(axis=1) + pairs
+
+
+@pytest.fixture(scope="module")
+def world():
+    """Windows, noisy labels, and the scorer of their clean fit."""
+    windows = tokens(4000, 1)
+    true = worth(windows)
+    noise = np.random.default_rng(2).normal(size=4000) * true.std() / 2
+    labels = true + noise
+    scorer = fit_scorer(windows, labels, vocab_size=VOCAB, bits=BITS, deeper=False)
+    return windows, labels, scorer
+
+
+FRESH = tokens(1500, 3)
+
+
+def agreement(scorer):
+    return float(spearmanr(scorer.score(FRESH), worth(FRESH))[0])
+
+
+def test_a_sum_of_ngram_weights_is_recovered_from_noisy_labels(world):
+    _, _, scorer = world
+    assert agreement(scorer) > 0.8
+    assert set(scorer.metadata) == {"form", "ridge", "labels", "rank_correlation"}
+    assert scorer.metadata["form"] == "linear" and scorer.metadata["labels"] == 4000
+    # Judged by noisy labels it cannot have seen: lower than by the truth, but not by luck.
+    assert 0.5 < scorer.metadata["rank_correlation"] < agreement(scorer)
+
+
+@pytest.mark.parametrize(("share", "drop"), [(0.002, 0.01), (0.01, 0.04)])
+def test_monstrous_labels_hardly_change_the_ranking(world, share, drop):
+    windows, labels, clean = world
+    labels = labels.copy()
+    hit = np.random.default_rng(4).choice(len(labels), int(share * len(labels)), replace=False)
+    labels[hit] = np.random.default_rng(5).choice([-1e6, 1e6], len(hit)) * np.abs(labels[hit])
+    scorer = fit_scorer(windows, labels, vocab_size=VOCAB, bits=BITS, deeper=False)
+    assert agreement(scorer) > agreement(clean) - drop
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**40])
+def test_the_same_seed_gives_the_same_scorer(world, seed):
+    windows, labels, _ = world
+    fits = [
+        fit_scorer(windows[:300], labels[:300], vocab_size=VOCAB, bits=8, seed=seed)
+        for _ in range(2)
+    ]
+    assert fits[0].metadata == fits[1].metadata
+    for name, tensor in fits[0].tensors().items():
+        np.testing.assert_array_equal(tensor, fits[1].tensors()[name])
+
+
+def test_equal_labels_give_a_scorer_that_ranks_nothing():
+    scorer = fit_scorer(tokens(200, 1), np.full(200, 3.0), vocab_size=VOCAB, bits=BITS)
+    assert np.ptp(scorer.score(FRESH)) < 1e-4
+    assert scorer.metadata["rank_correlation"] == 0
+
+
+def test_padding_carries_no_weight():
+    windows = tokens(600, 1)
+    labels = np.isin(windows, [3]).sum(axis=1).astype(float)
+    windows[:, -5:] = -1
+    scorer = fit_scorer(windows, labels, vocab_size=VOCAB, pad_id=-1, bits=BITS, deeper=False)
+    assert scorer.pad_id == -1
+    longer = np.concatenate([windows, np.full((600, 4), -1, np.int32)], axis=1)
+    np.testing.assert_allclose(scorer.score(longer), scorer.score(windows), rtol=1e-6)
+
+
+# The embedding bag has to earn its place.
+
+
+def exclusive_or(count, seed):
+    """Labels that no sum over n-grams explains: one of two topics, but not both."""
+    rng = np.random.default_rng(seed)
+    windows = rng.integers(4, VOCAB, (count, LENGTH))
+    present = rng.integers(0, 2, (count, 2)).astype(bool)
+    # Three tokens of each topic, never side by side, so that bigrams tell nothing either.
+    for topic, columns in ((0, [0, 4, 8]), (1, [2, 6, 10])):
+        windows[:, columns] = np.where(present[:, topic, None], topic, windows[:, columns])
+    return windows.astype(np.int32), (present[:, 0] ^ present[:, 1]).astype(float)
+
+
+def test_a_bag_is_kept_where_only_an_interaction_explains_the_labels():
+    windows, labels = exclusive_or(4000, 1)
+    unseen, truth = exclusive_or(1000, 2)
+    found = {}
+    for deeper in (False, True):
+        scorer = fit_scorer(windows, labels, vocab_size=VOCAB, bits=BITS, deeper=deeper)
+        found[deeper] = spearmanr(scorer.score(unseen), truth)[0]
+        form = scorer.metadata["form"]
+    assert found[False] < 0.15
+    assert form == "linear+bag"
+    assert found[True] > found[False] + 0.2
+
+
+def test_a_bag_is_only_kept_for_a_better_choice(world, monkeypatch):
+    # Whatever the bag does, the kept form ranks the choosing windows at least as well.
+    windows, labels, _ = world
+    rng = np.random.default_rng(6)
+    for noise in (labels[:800], rng.normal(size=800)):
+        tried = []
+
+        def spy(scorer, *rest, tried=tried, original=fit._fit_bag):
+            found = original(scorer, *rest)
+            tried.append((found, *rest))
+            return found
+
+        monkeypatch.setattr(fit, "_fit_bag", spy)
+        scorer = fit_scorer(windows[:800], noise, vocab_size=VOCAB, bits=BITS)
+        monkeypatch.undo()
+        ((bag, all_windows, targets, _, choose, linear, _),) = tried
+        assert scorer.metadata["form"] == ("linear" if bag is None else "linear+bag")
+        if bag is not None:
+            chosen = spearmanr(bag.score(all_windows[choose]), targets[choose])[0]
+            assert chosen > linear
+
+
+# Windows that judge are not windows that are fitted.
+
+
+@given(st.integers(50, 400), st.integers(0, 2**32))
+def test_held_out_positions_are_a_tenth_and_depend_on_the_seed_alone(count, seed):
+    positions = held_out(count, seed)
+    assert len(positions) == len(set(positions)) == count // 10
+    assert positions.min() >= 0 and positions.max() < count
+    np.testing.assert_array_equal(positions, held_out(count, seed))
+
+
+def test_held_out_labels_have_no_influence_on_the_scorer(world):
+    windows, labels, _ = world
+    windows, labels = windows[:500], labels[:500]
+    assert len(distinct_windows(windows, labels)[0]) == 500
+    changed = labels.copy()
+    test = held_out(500, 0)
+    # Permuted among themselves, so that the ranks of all others stay.
+    changed[test] = labels[test][::-1]
+    fits = [fit_scorer(windows, y, vocab_size=VOCAB, bits=BITS) for y in (labels, changed)]
+    np.testing.assert_array_equal(fits[0].linear, fits[1].linear)
+    assert fits[0].metadata["rank_correlation"] != fits[1].metadata["rank_correlation"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(-5, 5)), min_size=1))
+def test_repeated_windows_are_merged_into_their_mean(rows):
+    windows = np.array([[a, b] for a, b, _ in rows], np.int32)
+    values = np.array([value for *_, value in rows], np.float64)
+    found, means = distinct_windows(windows, values)
+    expected: dict[tuple[int, int], list[float]] = {}
+    for a, b, value in rows:
+        expected.setdefault((a, b), []).append(value)
+    assert [tuple(w) for w in found.tolist()] == list(expected)
+    np.testing.assert_allclose(means, [np.mean(v) for v in expected.values()], rtol=1e-6)
+
+
+def test_a_window_labelled_twice_cannot_be_fitted_and_judged(world):
+    windows, labels, _ = world
+    twice = np.concatenate([windows[:400], windows[:400]])
+    repeated = fit_scorer(
+        twice, np.concatenate([labels[:400]] * 2), vocab_size=VOCAB, bits=BITS, deeper=False
+    )
+    once = fit_scorer(windows[:400], labels[:400], vocab_size=VOCAB, bits=BITS, deeper=False)
+    np.testing.assert_allclose(repeated.score(FRESH), once.score(FRESH), atol=1e-2)
+    # A leak would show as a correlation near one.
+    assert repeated.metadata["rank_correlation"] == pytest.approx(
+        once.metadata["rank_correlation"], abs=0.02
+    )
+
+
+ERRORS = {
+    "series": ({"kind": "series"}, ConfigError, "'series'"),
+    "no vocabulary": ({"vocab_size": None}, ConfigError, "vocab_size is missing"),
+    "an id too large": ({"vocab_size": 39}, WindowError, "id 39"),
+    "floats": ({"windows": tokens(100, 1) / 2}, WindowError, "float64"),
+    "one window": ({"windows": tokens(100, 1)[0]}, WindowError, r"\(16,\)"),
+    "labels' length": ({"labels": np.ones(99)}, WindowError, r"\(99,\).*100"),
+    "labels' axes": ({"labels": np.ones((100, 1))}, WindowError, r"\(100, 1\)"),
+    "a label NaN": ({"labels": np.r_[np.nan, np.ones(99)]}, WindowError, "1 non-finite"),
+    "too few": ({"windows": tokens(49, 1), "labels": np.ones(49)}, WindowError, "49 distinct"),
+    "copies": ({"windows": np.ones((100, 4), np.int32)}, WindowError, "1 distinct"),
+    "bits": ({"bits": 25}, ConfigError, "25"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_name_the_value(case):
+    changes, error, message = ERRORS[case]
+    arguments = {"windows": tokens(100, 1), "labels": np.arange(100.0), "vocab_size": VOCAB}
+    with pytest.raises(error, match=message):
+        fit_scorer(**(arguments | changes))
+
+
+def test_a_published_fit_scores_in_an_interpreter_that_cannot_import_jax(world, tmp_path):
+    windows, labels = exclusive_or(1500, 1)
+    deep = fit_scorer(windows, labels, vocab_size=VOCAB, bits=BITS)
+    registry = mgf.Registry(tmp_path)
+    scorers = [world[2], replace(deep, strength=2.0)]
+    versions = [registry.publish(scorer) for scorer in scorers]
+    np.save(tmp_path / "windows.npy", FRESH)
+    program = """
+import sys
+class Ban:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("jax", "jaxlib", "flax", "optax"):
+            raise ImportError(f"{name} is banned here")
+sys.meta_path.insert(0, Ban())
+import numpy as np
+import metagrad_filter as mgf
+folder, *versions = sys.argv[1:]
+windows = np.load(folder + "/windows.npy", allow_pickle=False)
+for version in versions:
+    scores = mgf.Registry(folder).load(int(version)).score(windows)
+    np.save(f"{folder}/scores-{version}.npy", scores)
+"""
+    subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path), *map(str, versions)],
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    for version, scorer in zip(versions, scorers):
+        found = np.load(tmp_path / f"scores-{version}.npy")
+        np.testing.assert_array_equal(found, scorer.score(FRESH))
