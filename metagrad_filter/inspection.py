@@ -29,20 +29,21 @@ def inspect_run(run_dir: str | Path) -> dict[str, Any]:
             "the directory that score_filter and Calibrator were given."
         )
     registry, ledger, rounds = parts
+    reader = Registry(run_dir)
     names = sorted(path.name for path in ledger.iterdir()) if ledger.is_dir() else []
     return {
-        "versions": [
-            _version(Registry(run_dir), number) for number in Registry(run_dir).versions()
-        ],
-        "ledgers": {
-            name: [
-                Ledger(run_dir, name).entries()[k] for k in sorted(Ledger(run_dir, name).entries())
-            ]
-            for name in names
-        },
+        "versions": [_version(reader, number) for number in reader.versions()],
+        "ledgers": {name: _ledger(run_dir, name) for name in names},
         "rejected": [json.loads(p.read_bytes()) for p in sorted(registry.glob("rejected-*.json"))],
         "rounds": [json.loads(p.read_bytes()) for p in sorted(rounds.glob("round-*.json"))],
     }
+
+
+def _ledger(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    entries = Ledger(run_dir, name).entries()
+    return [
+        {"interval": interval, "version": entries[interval].version} for interval in sorted(entries)
+    ]
 
 
 def _version(registry: Registry, number: int) -> dict[str, Any]:

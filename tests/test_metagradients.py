@@ -34,7 +34,7 @@ WARM_STEPS = 6
 
 
 def mlp_loss(params, batch):
-    hidden = jnp.tanh(batch["x"] @ params["kernel"] + params["bias"])
+    hidden = jnp.tanh(batch["x"] @ params["kernel"])
     return (hidden @ params["output"] - batch["y"]) ** 2
 
 
@@ -49,7 +49,7 @@ def other_outer(params):
 
 def mlp_params():
     rng = np.random.default_rng(0)
-    shapes = {"kernel": (WIDTH, HIDDEN), "bias": (HIDDEN,), "output": (HIDDEN,)}
+    shapes = {"kernel": (WIDTH, HIDDEN), "output": (HIDDEN,)}
     return {name: jnp.asarray(rng.normal(size=shape) / 2) for name, shape in shapes.items()}
 
 
@@ -118,7 +118,7 @@ def warmed(optimizer, params, loss=mlp_loss, batches=None):
     return params, state
 
 
-def start(optimizer, moments):
+def start(optimizer, moments) -> tuple[Any, Any]:
     params = mlp_params()
     return warmed(optimizer, params) if moments == "warm" else (params, optimizer.init(params))
 
@@ -155,8 +155,9 @@ def test_scores_and_probe_equal_autodiff_through_the_loop(name, steps, bits):
             np.testing.assert_allclose(result.phi, phi, rtol=tolerance)
             if (bits, steps, moments) == (32, 1, "cold") and name != "sgd":
                 # Adam's first step from zero is the sign of the gradient: true scores are of the
-                # order of its epsilon, what is left of cancellation in float32.
-                assert np.abs(result.scores).max() < 1e-4 * warm_size
+                # order of its epsilon, and float32 leaves little of them after cancellation.
+                assert np.abs(scores).max() < 1e-2 * warm_size
+                assert np.abs(result.scores - scores).max() < tolerance * warm_size
                 continue
             warm_size = np.abs(scores).max()
             assert relative_error(result.scores, scores) <= tolerance, moments
@@ -172,11 +173,10 @@ def test_the_clip_of_the_conformance_table_is_active():
 
 
 OTHERS = {
-    "rmsprop": optax.rmsprop(0.01),
     "injected learning rate": optax.inject_hyperparams(optax.adamw)(learning_rate=0.02),
     "two groups": optax.partition(
         {"a": optax.adamw(0.02), "b": optax.sgd(0.05, momentum=0.9)},
-        {"kernel": "a", "bias": "b", "output": "b"},
+        {"kernel": "a", "output": "b"},
     ),
     "muon": optax.contrib.muon(0.02),
 }
@@ -225,13 +225,12 @@ def test_an_unhelpful_window_scores_below_a_helpful_one():
 
 VARIANTS = [
     # steps, tape, microbatch, differentiation
-    (1, "gradient", None, "forward_over_reverse"),
-    (1, "segments", 4, "forward_over_reverse"),
+    (1, "gradient", 4, "forward_over_reverse"),
+    (1, "segments", None, "forward_over_reverse"),
     (7, "gradient", None, "forward_over_reverse"),
     (7, "segments", None, "forward_over_reverse"),
     (7, "auto", 3, "forward_over_reverse"),
     (7, "state", 4, "forward_over_reverse"),
-    (7, "gradient", 4, "forward_over_reverse"),
     (7, "segments", 1, "forward_over_reverse"),
     (7, "state", None, "reverse_over_reverse"),
     (7, "segments", 4, "reverse_over_reverse"),

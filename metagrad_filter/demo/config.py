@@ -26,8 +26,9 @@ class DemoConfig:
       block_windows: windows that are ranked together.
       batch_windows: windows of a training step.
       base_steps: training steps of the base model on the unfiltered mixture.
-      learning_rate: live learning rate, constant for the base; it falls linearly to a tenth
-        while the stream is trained on.
+      peak_learning_rate: of the base model, held for six tenths of its steps.
+      learning_rate: live learning rate, to which the base's falls by the end of its training; it
+        falls on linearly to a tenth while the stream is trained on.
       held_out_windows: windows of the target; half is differentiated, half judges at the gate.
       report_windows: other windows of the target, on which the table's losses are measured.
       curve_windows: how many of those are used for the points of the loss curves.
@@ -46,8 +47,9 @@ class DemoConfig:
     blocks: int = 36
     block_windows: int = 512
     batch_windows: int = 64
-    base_steps: int = 1000
-    learning_rate: float = 4e-3
+    base_steps: int = 1200
+    peak_learning_rate: float = 4e-3
+    learning_rate: float = 1e-3
     held_out_windows: int = 2048
     report_windows: int = 2048
     curve_windows: int = 512
@@ -55,7 +57,7 @@ class DemoConfig:
     check_entries: int = 10
     calibration: CalibrationConfig = field(
         default_factory=lambda: CalibrationConfig(
-            horizon=72, learning_rate_scale=0.15, labels=12288, gate_steps=24
+            horizon=72, learning_rate_scale=0.25, labels=12288, gate_steps=24
         )
     )
 

@@ -325,8 +325,7 @@ def _train_base(
     )
     loss = DecoderLoss(model)
     factory = functools.partial(optax.adamw, b2=0.95, weight_decay=0.01)
-    rate = config.learning_rate
-    optimizer = factory(optax.schedules.warmup_constant_schedule(0.0, rate, 50))
+    optimizer = factory(_base_schedule(config))
     params = init_decoder(model, seed=config.seed)
     rng = np.random.default_rng([config.seed, 0])
     wanted = config.base_steps * config.batch_windows
@@ -339,7 +338,21 @@ def _train_base(
         windows[order].reshape(config.base_steps, config.batch_windows, -1),
         progress=lambda done: progress("base model", done, config.base_steps),
     )
-    return Proxy(loss, params, opt_state, factory, rate)
+    return Proxy(loss, params, opt_state, factory, config.learning_rate)
+
+
+def _base_schedule(config: DemoConfig) -> optax.Schedule:
+    """Warm-up, a stable phase, and a decay that ends at the live rate."""
+    warm, hold = min(50, config.base_steps // 4), config.base_steps * 6 // 10
+    peak, live = config.peak_learning_rate, config.learning_rate
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, peak, warm),
+            optax.constant_schedule(peak),
+            optax.linear_schedule(peak, live, config.base_steps - hold),
+        ],
+        [warm, hold],
+    )
 
 
 def _check(
