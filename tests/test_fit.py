@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import spearmanr
 
 import metagrad_filter as mgf
 from metagrad_filter.errors import ConfigError, WindowError
 from metagrad_filter.scorer import fit
 from metagrad_filter.scorer.fit import distinct_windows, fit_scorer, held_out
+from metagrad_filter.statistics import rank_correlation
 
 VOCAB, LENGTH, BITS = 40, 16, 12
 
@@ -46,7 +46,7 @@ FRESH = tokens(1500, 3)
 
 
 def agreement(scorer):
-    return float(spearmanr(scorer.score(FRESH), worth(FRESH))[0])
+    return rank_correlation(scorer.score(FRESH), worth(FRESH))
 
 
 def test_a_sum_of_ngram_weights_is_recovered_from_noisy_labels(world):
@@ -116,7 +116,7 @@ def test_a_bag_is_kept_where_only_an_interaction_explains_the_labels():
     found = {}
     for deeper in (False, True):
         scorer = fit_scorer(windows, labels, vocab_size=VOCAB, bits=BITS, deeper=deeper)
-        found[deeper] = spearmanr(scorer.score(unseen), truth)[0]
+        found[deeper] = rank_correlation(scorer.score(unseen), truth)
         form = scorer.metadata["form"]
     assert found[False] < 0.15
     assert form == "linear+bag"
@@ -141,7 +141,7 @@ def test_a_bag_is_only_kept_for_a_better_choice(world, monkeypatch):
         ((bag, all_windows, targets, _, choose, linear, _),) = tried
         assert scorer.metadata["form"] == ("linear" if bag is None else "linear+bag")
         if bag is not None:
-            chosen = spearmanr(bag.score(all_windows[choose]), targets[choose])[0]
+            chosen = rank_correlation(bag.score(all_windows[choose]), targets[choose])
             assert chosen > linear
 
 
