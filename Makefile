@@ -34,7 +34,9 @@ bench: $(VENV)/.demo
 	$(BIN)/python -m bench.demo
 
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.demo: $(BIN)/python $(SOURCES)
 	$(BIN)/python -m pip install -q -e '.[demo]'

@@ -40,8 +40,8 @@ class Demo:
 
     out: Path = Path("demo")
     """Folder for results.json, report.html and the run directory."""
-    seeds: int = 3
-    """Paired seeds, each with its own order of the stream."""
+    seeds: int | None = None
+    """Paired seeds, each with its own order of the stream; 3, or 1 with --quick."""
     quick: bool = False
     """A small run that shows every step; its figures prove little."""
     json: bool = False
@@ -55,9 +55,11 @@ class Demo:
         from metagrad_filter.demo.report import summary_table
         from metagrad_filter.demo.run import run_demo
 
-        config = DemoConfig(out=self.out, seeds=self.seeds)
+        config = DemoConfig(out=self.out)
         if self.quick:
-            config = replace(config.quick(), seeds=min(self.seeds, 1))
+            config = config.quick()
+        if self.seeds is not None:
+            config = replace(config, seeds=self.seeds)
         with _progress(console) as progress:
             results = run_demo(config, progress=progress)
         console.print(summary_table(results))
@@ -126,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
         results = command.run(console)
     except ConfigError as error:
         return _fail(error, 2)
-    except MetagradFilterError as error:
+    except (MetagradFilterError, OSError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
         return _fail("interrupted; what was written so far is complete and can be read.", 130)

@@ -30,13 +30,21 @@ def inspect_run(run_dir: str | Path) -> dict[str, Any]:
         )
     registry, ledger, rounds = parts
     reader = Registry(run_dir)
-    names = sorted(path.name for path in ledger.iterdir()) if ledger.is_dir() else []
+    folders = ledger.iterdir() if ledger.is_dir() else ()
+    names = sorted(path.name for path in folders if path.is_dir())
     return {
         "versions": [_version(reader, number) for number in reader.versions()],
         "ledgers": {name: _ledger(run_dir, name) for name in names},
-        "rejected": [json.loads(p.read_bytes()) for p in sorted(registry.glob("rejected-*.json"))],
-        "rounds": [json.loads(p.read_bytes()) for p in sorted(rounds.glob("round-*.json"))],
+        "rejected": [_record(path) for path in sorted(registry.glob("rejected-*.json"))],
+        "rounds": [_record(path) for path in sorted(rounds.glob("round-*.json"))],
     }
+
+
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError:
+        return {"reason": f"{path.name} is damaged"}
 
 
 def _ledger(run_dir: Path, name: str) -> list[dict[str, Any]]:

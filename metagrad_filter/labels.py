@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,10 +50,12 @@ class RoundLabels:
     Attributes:
       windows: `(N, T)` int32 or `(N, T, C)` float32.
       halves: `(2, N)` float32 raw probe scores of two disjoint sets of trajectories.
+      target: identifies the outer metric; labels of different targets are never pooled.
     """
 
     windows: np.ndarray
     halves: np.ndarray
+    target: str = ""
 
     @property
     def values(self) -> np.ndarray:
@@ -85,7 +88,12 @@ class LabelStore:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
-        np.savez(buffer, windows=labels.windows, halves=labels.halves)
+        np.savez(
+            buffer,
+            windows=labels.windows,
+            halves=labels.halves,
+            target=np.array(labels.target),
+        )
         if not write_once(self._path(round_number), buffer.getvalue()):
             raise DataError(
                 f"labels of round {round_number} are already stored in {self.folder}; rounds are "
@@ -108,24 +116,42 @@ class LabelStore:
         path = self._path(round_number)
         try:
             with np.load(path, allow_pickle=False) as data:
-                return RoundLabels(data["windows"], data["halves"])
+                return RoundLabels(data["windows"], data["halves"], str(data["target"]))
         except Exception as error:  # numpy and zipfile raise a dozen types on damaged bytes
             raise DataError(
                 f"labels of round {round_number} cannot be read from {path}: {error}; move the "
                 "file away, later rounds do without it."
             ) from error
 
-    def pooled(self, recent: int) -> tuple[np.ndarray, np.ndarray]:
-        """Windows and labels of the last `recent` rounds, concatenated.
+    def pooled(self, recent: int, target: str = "") -> tuple[np.ndarray, np.ndarray]:
+        """Windows and labels of the last `recent` rounds of a target, concatenated.
 
         Labels are rank-normalised within their round first, so rounds at different scales mix. A
-        window labelled in several rounds occurs several times, which a least-squares fit reads as
-        the average of its labels.
+        window labelled in several rounds occurs several times; the fit averages its labels. A
+        damaged round is left out with a warning, for a fit on fewer labels beats none.
+
+        Raises:
+          DataError: no readable round has this target.
         """
-        loaded = [self.load(number) for number in self.rounds()[-recent:]]
+        found: list[RoundLabels] = []
+        for number in reversed(self.rounds()):
+            if len(found) == recent:
+                break
+            try:
+                labels = self.load(number)
+            except DataError as error:
+                warnings.warn(f"Left out: {error}", RuntimeWarning, stacklevel=2)
+                continue
+            if labels.target == target:
+                found.append(labels)
+        if not found:
+            raise DataError(
+                f"{self.folder} holds no readable labels of this target; run a calibration round."
+            )
+        found.reverse()
         return (
-            np.concatenate([labels.windows for labels in loaded]),
-            np.concatenate([labels.values for labels in loaded]),
+            np.concatenate([labels.windows for labels in found]),
+            np.concatenate([labels.values for labels in found]),
         )
 
     def _path(self, round_number: int) -> Path:

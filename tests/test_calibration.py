@@ -23,6 +23,7 @@ import pytest
 import metagrad_filter as mgf
 from metagrad_filter.calibration.gate import decide, draw
 from metagrad_filter.calibration.live import latest_live
+from metagrad_filter.calibration.round import split_source
 from metagrad_filter.calibration.source import WindowSource
 from metagrad_filter.errors import CalibrationFailed, ConfigError, DataError, WindowError
 from metagrad_filter.labels import LabelStore
@@ -307,9 +308,28 @@ def test_a_round_starts_from_the_newest_state_that_was_handed_over(after_one_rou
     # The marker of step 9 is that it cannot be calibrated.
     assert report.live_step == 9 and report.reason.startswith("non-finite")
     calibrator.follow(12, {"table": table}, proxy.opt_state)
-    report = make_calibrator(after_one_round).round()
+    report = calibrator.round()
     assert report.live_step == 12 and report.version == 2
     assert mgf.Registry(after_one_round).load(2).metadata["live_step"] == 12
+
+
+def test_a_job_that_starts_anew_is_not_measured_where_the_last_one_stood(tmp_path):
+    proxy = bigram_proxy()
+    broken = {"table": jnp.full_like(proxy.params["table"], jnp.nan)}
+    make_calibrator(tmp_path).follow(99, broken, proxy.opt_state)
+    anew = make_calibrator(tmp_path)
+    report = anew.round()
+    assert report.live_step is None and report.version == 1
+    anew.follow(3, proxy.params, proxy.opt_state)
+    assert len(list((tmp_path / "live").iterdir())) == 1
+
+
+def test_a_state_of_another_model_is_refused(tmp_path):
+    calibrator = make_calibrator(tmp_path)
+    params = {"table": jnp.zeros((3, 3))}
+    calibrator.follow(1, params, FACTORY(0.1).init(params))
+    with pytest.raises(CalibrationFailed, match="same model"):
+        calibrator.round()
 
 
 def test_a_training_job_that_was_set_back_may_hand_over_a_step_again(tmp_path):
@@ -317,7 +337,8 @@ def test_a_training_job_that_was_set_back_may_hand_over_a_step_again(tmp_path):
     for step in (10, 20, 20, 15):
         calibrator.follow(step, {"table": proxy.params["table"] + step}, proxy.opt_state)
     # What was stored of the course given up is gone: 15 is now the newest.
-    found = latest_live(tmp_path, proxy.params, proxy.opt_state)
+    (session,) = (tmp_path / "live").iterdir()
+    found = latest_live(tmp_path, session.name, proxy.params, proxy.opt_state)
     assert found is not None and found[0] == 15
     np.testing.assert_array_equal(found[1]["table"], proxy.params["table"] + 15)
     assert calibrator.round().live_step == 15
@@ -338,6 +359,7 @@ def test_the_background_worker_publishes_what_a_round_here_would(finished, tmp_p
     assert scorer.strength == here.strength
 
 
+@pytest.mark.filterwarnings("ignore:the calibration worker ended early")
 def test_a_killed_worker_leaves_whole_files_and_the_next_round_works(tmp_path):
     path = tmp_path / "windows.npy"
     np.save(path, WINDOWS)
@@ -359,6 +381,33 @@ def test_a_killed_worker_leaves_whole_files_and_the_next_round_works(tmp_path):
     assert report.round > before and report.version == max(versions) + 1
 
 
+@pytest.mark.filterwarnings("ignore:the calibration worker ended early")
+def test_killing_the_worker_changes_nothing_for_the_loader(after_one_round):
+    def stream(name):
+        source = grain.MapDataset.source([{"tokens": window} for window in WINDOWS])
+        return mgf.score_filter(
+            source.to_iter_dataset(),
+            after_one_round,
+            keep_ratio=0.25,
+            windows=mgf.TextWindows("tokens"),
+            block_windows=64,
+            swap_every_blocks=4,
+            name=name,
+        )
+
+    alone = [window["tokens"].tobytes() for window in stream("alone")]
+    with (
+        pytest.warns(RuntimeWarning, match="ended early with exit code -9"),
+        make_calibrator(after_one_round).background() as worker,
+    ):
+        beside = iter(stream("beside"))
+        kept = [next(beside)["tokens"].tobytes() for _ in range(len(alone) // 2)]
+        os.kill(worker.process.pid, signal.SIGKILL)
+        worker.process.join()
+        kept += [window["tokens"].tobytes() for window in beside]
+    assert kept == alone
+
+
 def test_leaving_the_block_ends_the_worker(tmp_path):
     with make_calibrator(tmp_path).background() as worker:
         assert worker.alive
@@ -375,6 +424,7 @@ class BrokenLoss:
         raise RuntimeError("the model is out of order")
 
 
+@pytest.mark.filterwarnings("ignore:the calibration worker ended early")
 def test_a_worker_that_raises_leaves_its_traceback(tmp_path):
     proxy = replace(bigram_proxy(), loss=BrokenLoss())
     error = r"(?s)exit code 1.*the model is out of order"
@@ -401,16 +451,42 @@ def test_a_lambda_is_met_with_advice_before_a_process_exists(tmp_path):
 
 
 def test_an_unknown_vocabulary_is_asked_for(tmp_path):
-    calibrator = mgf.Calibrator(
-        tmp_path, proxy=bigram_proxy(), target=TARGET, windows=WINDOWS, config=CONFIG
-    )
     with pytest.raises(ConfigError, match="vocab_size"):
-        calibrator.round()
+        mgf.Calibrator(
+            tmp_path, proxy=bigram_proxy(), target=TARGET, windows=WINDOWS, config=CONFIG
+        )
+
+
+@pytest.mark.parametrize("bad", [-1, VOCAB])
+def test_ids_without_an_embedding_row_are_refused(tmp_path, bad):
+    held_out = windows_of(ON, 128, seed=1)
+    held_out[3, 2] = bad
+    with pytest.raises(WindowError, match=f"id {bad} "):
+        make_calibrator(tmp_path, target=mgf.HeldOutLoss(held_out))
+    windows = WINDOWS.copy()
+    windows[:, 0] = bad
+    with pytest.raises(WindowError, match=f"id {bad} "):
+        make_calibrator(tmp_path, windows=windows).round()
+    assert mgf.Registry(tmp_path).versions() == []
+
+
+def test_the_gate_never_sees_a_window_that_was_labelled():
+    config = replace(CONFIG, labels=600)
+    to_label, for_gate = split_source(1200, config)
+    assert not set(to_label) & set(for_gate)
+    assert sorted([*to_label, *for_gate]) == list(range(1200))
+    again = split_source(1200, config)
+    np.testing.assert_array_equal(again[0], to_label)
+
+
+def test_a_source_smaller_than_a_trajectory_is_warned_of(tmp_path):
+    with pytest.warns(RuntimeWarning, match="memorisation"):
+        make_calibrator(tmp_path, config={"horizon": 1000})
 
 
 def test_a_source_too_small_to_judge_by_is_refused_at_once(tmp_path):
-    with pytest.raises(WindowError, match="49 windows"):
-        make_calibrator(tmp_path, windows=WINDOWS[:49])
+    with pytest.raises(WindowError, match="99 windows"):
+        make_calibrator(tmp_path, windows=WINDOWS[:99])
 
 
 @pytest.mark.parametrize(

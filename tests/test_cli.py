@@ -38,7 +38,7 @@ def test_inspect_reports_versions_ledgers_and_damage(tmp_path, capsys):
     assert cli.main(["inspect", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
 
-    assert [entry["state"] for entry in found["versions"]][0] == "ok"
+    assert found["versions"][0]["state"] == "ok"
     assert found["versions"][1]["state"].startswith("refused")
     assert found["ledgers"]["default"][0]["version"] == 1
     assert found["rejected"][0]["reason"] == "unreliable"

@@ -1,5 +1,7 @@
 """Labels: ranks without tails, and a store that only grows."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -89,7 +91,8 @@ def test_a_stored_round_is_plain_arrays(tmp_path):
     LabelStore(tmp_path).append(1, round_labels(1))
     (path,) = (tmp_path / "labels").iterdir()
     with np.load(path, allow_pickle=False) as data:
-        assert {name: data[name].dtype.kind for name in data} == {"windows": "i", "halves": "f"}
+        kinds = {name: data[name].dtype.kind for name in data}
+    assert kinds == {"windows": "i", "halves": "f", "target": "U"}
 
 
 def test_a_round_is_never_rewritten(tmp_path):
@@ -127,9 +130,23 @@ def test_a_damaged_file_is_a_data_error(tmp_path, kind):
     store.append(1, round_labels(1))
     path = tmp_path / "labels" / "round-000001.npz"
     path.write_bytes(DAMAGE[kind](path.read_bytes()))
-    for read in (lambda: store.load(1), lambda: store.pooled(2)):
-        with pytest.raises(DataError, match=r"round 1 .*round-000001\.npz"):
-            read()
+    with pytest.raises(DataError, match=r"round 1 .*round-000001\.npz"):
+        store.load(1)
+    store.append(2, round_labels(2))
+    with pytest.warns(RuntimeWarning, match="round 1"):
+        windows, _ = store.pooled(2)
+    np.testing.assert_array_equal(windows, store.load(2).windows)
+
+
+def test_labels_of_different_targets_are_never_pooled(tmp_path):
+    store = LabelStore(tmp_path)
+    for number, target in ((1, "a"), (2, "b"), (3, "a")):
+        store.append(number, replace(round_labels(number), target=target))
+    windows, _ = store.pooled(3, "a")
+    expected = np.concatenate([store.load(1).windows, store.load(3).windows])
+    np.testing.assert_array_equal(windows, expected)
+    with pytest.raises(DataError, match="no readable labels"):
+        store.pooled(3, "c")
 
 
 @pytest.mark.parametrize("count", [1, 2])

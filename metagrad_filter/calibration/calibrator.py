@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +18,9 @@ from metagrad_filter.calibration.round import (
     RoundReport,
     check_source,
     run_round,
+    vocabulary,
 )
-from metagrad_filter.calibration.source import WindowSource
+from metagrad_filter.calibration.source import WindowCheck, WindowSource
 from metagrad_filter.calibration.worker import BackgroundCalibration, start_worker
 from metagrad_filter.files import canonical_json, write_once
 from metagrad_filter.labels import LabelStore
@@ -61,12 +63,16 @@ class Calibrator:
         elements: TextWindows | SeriesWindows | None = None,
         progress: Progress | None = None,
     ):
-        self.run_dir = Path(run_dir)
+        self.run_dir = Path(run_dir).absolute()
+        self._session = secrets.token_hex(8)
         self.config = config or CalibrationConfig()
         self.proxy = proxy
         self.target = target
-        self.source = WindowSource(windows, elements)
         self.progress = progress or silent
+        check = WindowCheck(vocabulary(proxy, self.config), self.config.pad_id)
+        self.source = WindowSource(windows, elements, check)
+        check(target.target_windows)
+        check(target.gate_windows)
         check_source(self.source, self.config)
         self.registry = Registry(self.run_dir)
         self.labels = LabelStore(self.run_dir)
@@ -76,14 +82,15 @@ class Calibrator:
     def follow(self, step: int, params: PyTree, opt_state: PyTree) -> None:
         """Hands over the training state of a step; later rounds start from the newest one.
 
-        Returns when the state is complete under `run_dir/live`, so training may go on at once.
+        Returns when the state is complete under `run_dir/live`: training waits as long as it takes
+        to write one checkpoint, and for nothing else.
         """
-        save_live(self.run_dir, step, params, opt_state)
+        save_live(self.run_dir, self._session, step, params, opt_state)
 
     def round(self) -> RoundReport:
         """Runs one round in this process: labels, fit, gate, publish (or the reason why not)."""
         proxy, step = self.proxy, None
-        live = latest_live(self.run_dir, proxy.params, proxy.opt_state)
+        live = latest_live(self.run_dir, self._session, proxy.params, proxy.opt_state)
         if live is not None:
             step, params, opt_state = live
             proxy = proxy.at(params, opt_state)

@@ -90,7 +90,7 @@ def run_gate(
       candidate: the scorer on trial.
       metric: held-out loss on the gate split.
       source: raw windows.
-      pool: positions in `source` to draw from; best those that the candidate was not fitted on.
+      pool: positions in `source` to draw from, none of which the candidate was fitted on.
       config: strengths, steps, pairs and margin.
       seed: of the draws.
       progress: called with runs done and in total.

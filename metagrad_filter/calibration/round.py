@@ -9,7 +9,10 @@ badly.
 
 from __future__ import annotations
 
+import hashlib
+import math
 import time
+import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -100,15 +103,13 @@ def run_round(
     """
     clock = _Stages()
     rng = np.random.default_rng([config.seed, number])
-    vocab_size = _vocab_size(proxy, config)
-    every = np.arange(len(source))
+    to_label, for_gate = split_source(len(source), config)
+    target_hash = _target_hash(target, source)
     try:
         with clock("trajectories"):
             probes, masked = _averaged_probes(proxy, target, source, config, rng, progress)
         with clock("labels"):
-            order = rng.permutation(every)
-            labelled = order[: config.labels]
-            windows = source.take(labelled)
+            windows = source.take(rng.permutation(to_label)[: config.labels])
             halves = score_with_probes(
                 proxy.loss,
                 proxy.params,
@@ -119,7 +120,7 @@ def run_round(
     except NonFiniteMetagradient as error:
         registry.reject(None, "non_finite", {"round": number, "detail": str(error)})
         return RoundReport(number, None, f"non-finite: {error}", live_step=live_step)
-    labels = RoundLabels(windows, halves)
+    labels = RoundLabels(windows, halves, target_hash)
     reliability = labels.reliability
     found = RoundReport(
         number,
@@ -140,24 +141,22 @@ def run_round(
     store.append(number, labels)
     with clock("fit"):
         progress("fit", 0, 1)
-        pooled_windows, pooled_labels = store.pooled(config.pooled_rounds)
+        pooled_windows, pooled_labels = store.pooled(config.pooled_rounds, target_hash)
         scorer = fit_scorer(
             pooled_windows,
             pooled_labels,
-            vocab_size=vocab_size,
+            vocab_size=vocabulary(proxy, config),
             seed=config.seed,
             pad_id=config.pad_id,
         )
         progress("fit", 1, 1)
     with clock("gate"):
-        rest = order[config.labels :]
-        needed = config.gate_steps * config.batch_windows
         gate = run_gate(
             proxy,
             scorer,
             target.gate_metric(proxy.loss),
             source,
-            rest if len(rest) >= needed else every,
+            for_gate,
             config,
             seed=int(rng.integers(2**31)),
             progress=lambda done, total: progress("gate", done, total),
@@ -226,7 +225,32 @@ def _averaged_probes(
     return means, masked
 
 
-def _vocab_size(proxy: Proxy, config: CalibrationConfig) -> int:
+def split_source(count: int, config: CalibrationConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Positions that rounds may label, and positions kept for the gate; the same in every round.
+
+    The gate's are as many as its runs draw, at most a third: were a candidate tried on windows it
+    was fitted on, it would look better than it is.
+    """
+    wanted = math.ceil(config.gate_steps * config.batch_windows / config.keep_ratio)
+    order = np.random.default_rng([config.seed, 0]).permutation(count)
+    reserved = min(wanted, count // 3)
+    return order[reserved:], order[:reserved]
+
+
+def _target_hash(target: HeldOutLoss, source: WindowSource) -> str:
+    """Identifies what labels mean; only rounds that agree in it are pooled."""
+    shape = source.take(np.arange(1)).shape[1:]
+    digest = hashlib.sha256(np.ascontiguousarray(target.target_windows).tobytes())
+    digest.update(str(shape).encode())
+    return digest.hexdigest()
+
+
+def vocabulary(proxy: Proxy, config: CalibrationConfig) -> int:
+    """The vocabulary size: the configuration's, or that of the proxy's loss.
+
+    Raises:
+      ConfigError: neither names it.
+    """
     known = config.vocab_size or getattr(getattr(proxy.loss, "config", None), "vocab_size", None)
     if not isinstance(known, int) or known < 1:
         raise ConfigError(
@@ -256,9 +280,21 @@ class _Stages:
 
 
 def check_source(source: WindowSource, config: CalibrationConfig) -> None:
-    """Raises `WindowError` where the source is too small to fit and judge a scorer."""
-    if len(source) < 50:
+    """Looks at the size of the source before a round spends minutes on it.
+
+    Raises:
+      WindowError: it is too small to fit and judge a scorer.
+    """
+    if len(source) < 100:
         raise WindowError(
             f"the source holds {len(source)} windows; a round labels up to {config.labels} and "
-            "needs at least 50."
+            "needs at least 100."
+        )
+    trajectory = config.horizon * config.batch_windows
+    if len(source) < trajectory:
+        warnings.warn(
+            f"the source holds {len(source)} windows, but a trajectory draws {trajectory}: "
+            "repeated windows measure memorisation; name a larger source or lower the horizon.",
+            RuntimeWarning,
+            stacklevel=3,
         )

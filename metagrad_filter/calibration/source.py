@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from metagrad_filter.errors import ConfigError, DataError, WindowError
+from metagrad_filter.scorer.features import check_ids
 from metagrad_filter.windows import SeriesWindows, TextWindows
+
+
+@dataclass(frozen=True)
+class WindowCheck:
+    """Refuses windows of text with ids that the model's embedding has no row for.
+
+    Attributes:
+      vocab_size: ids lie in [0, vocab_size).
+      pad_id: an id allowed outside of that, or None.
+    """
+
+    vocab_size: int
+    pad_id: int | None = None
+
+    def __call__(self, windows: np.ndarray) -> None:
+        """Raises `WindowError` naming the first bad id; windows of floats pass."""
+        if np.issubdtype(windows.dtype, np.integer):
+            check_ids(windows, self.vocab_size, pad_id=self.pad_id)
 
 
 class WindowSource:
@@ -19,15 +39,27 @@ class WindowSource:
         is memory-mapped; or anything with `len` and integer indexing whose elements hold one
         window each (a `grain.MapDataset`, a Hugging Face dataset).
       elements: how such an element becomes an array, for datasets only.
+      check: applied to whatever is taken.
 
     Raises:
       ConfigError, WindowError, DataError: the source cannot be read as windows.
     """
 
-    def __init__(self, windows: Any, elements: TextWindows | SeriesWindows | None = None):
+    def __init__(
+        self,
+        windows: Any,
+        elements: TextWindows | SeriesWindows | None = None,
+        check: WindowCheck | None = None,
+    ):
+        if (
+            isinstance(windows, list)
+            or hasattr(windows, "__jax_array__")
+            or (hasattr(windows, "__array__") and not isinstance(windows, np.ndarray))
+        ):
+            windows = np.asarray(windows)
         self._path = Path(windows).absolute() if isinstance(windows, str | Path) else None
         self._windows: Any = windows if self._path is None else _memory_map(self._path)
-        self._elements = elements
+        self._elements, self._check = elements, check
         windows = self._windows
         if not isinstance(windows, np.ndarray):
             if not hasattr(windows, "__getitem__") or not hasattr(windows, "__len__"):
@@ -54,9 +86,13 @@ class WindowSource:
     def take(self, index: np.ndarray) -> np.ndarray:
         """Windows at `(n,)` positions: `(n, T)` int32 or `(n, T, C)` float32."""
         if isinstance(self._windows, np.ndarray):
-            return np.ascontiguousarray(self._windows[index])
-        assert self._elements is not None
-        return self._elements.stack([self._windows[int(i)] for i in index])
+            windows = np.ascontiguousarray(self._windows[index])
+        else:
+            assert self._elements is not None
+            windows = self._elements.stack([self._windows[int(i)] for i in index])
+        if self._check is not None:
+            self._check(windows)
+        return windows
 
     def __getstate__(self) -> dict[str, Any]:
         """For the worker process, which maps the file itself instead of being sent a copy."""

@@ -11,6 +11,7 @@ import multiprocessing as mp
 import os
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.reduction import ForkingPickler
@@ -106,6 +107,14 @@ def start_worker(
     try:
         yield BackgroundCalibration(process, calibrator, error_path)
     finally:
+        if process.exitcode not in (None, 0):
+            warnings.warn(
+                f"the calibration worker ended early with exit code {process.exitcode}; the filter "
+                f"went on with the versions that were published. A traceback, if it left one, is "
+                f"in {error_path}.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
         stop.set()
         process.join(_STOP_SECONDS)
         if process.is_alive():

@@ -13,7 +13,7 @@ from metagrad_filter.demo.training import State, train, window_losses
 from metagrad_filter.metagradient.optimizer import warm_state
 from metagrad_filter.proxy.proxy import Proxy
 
-_REFERENCE_STEPS = (32, 96)
+_REFERENCE_STEPS = (24, 48, 96, 192)
 _REFERENCE_BATCH = 64
 
 
@@ -40,7 +40,8 @@ def tuned_reference(proxy: Proxy, target: np.ndarray, judge: np.ndarray, *, seed
       seed: of the order.
 
     Returns:
-      Parameters and state of the reference with the lowest loss on `judge`.
+      Parameters and state of the reference with the lowest loss on `judge`: the last that improved
+      as the number of steps doubled.
     """
     rng = np.random.default_rng(seed)
     best: tuple[float, State] | None = None
@@ -51,7 +52,8 @@ def tuned_reference(proxy: Proxy, target: np.ndarray, judge: np.ndarray, *, seed
         batches = target[rng.integers(0, len(target), (steps, _REFERENCE_BATCH))]
         state = train(proxy.loss, optimizer, start, batches)
         found = float(window_losses(proxy.loss, state[0], judge).mean())
-        if best is None or found < best[0]:
-            best = (found, state)
+        if best is not None and found >= best[0]:
+            break
+        best = (found, state)
     assert best is not None
     return best[1]

@@ -395,7 +395,10 @@ def _scorer_record(calibrator: Calibrator, parts: _Parts, config: DemoConfig) ->
         name: np.histogram(scores[parts.classes == i], edges)[0].tolist()
         for i, name in enumerate(CLASS_NAMES)
     }
-    windows, labels = calibrator.labels.pooled(config.calibration.pooled_rounds)
+    newest_round = calibrator.labels.load(calibrator.labels.rounds()[-1])
+    windows, labels = calibrator.labels.pooled(
+        config.calibration.pooled_rounds, newest_round.target
+    )
     windows, labels = distinct_windows(windows, gaussian_ranks(labels))
     unseen = held_out(len(windows), config.calibration.seed)[:_SCATTER_POINTS]
     lookup = {window.tobytes(): i for i, window in enumerate(parts.stream)}

@@ -361,7 +361,8 @@ def _check_finite(phi: np.ndarray, scores: np.ndarray, probe: PyTree) -> None:
         step, window = (int(i) for i in bad[-1][-2:])
         raise NonFiniteMetagradient(
             f"{len(bad)} of {scores.size} scores are not finite, the last at step {step}, window "
-            f"{window}; look at that batch, or add eps_root to the optimizer."
+            f"{window}; look at that batch (a gradient of exactly zero has no derivative under "
+            "clipping by norm), or add eps_root to the optimizer."
         )
     for path, leaf in jax.tree.leaves_with_path(probe):
         if not np.isfinite(np.asarray(leaf)).all():

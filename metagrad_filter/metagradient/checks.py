@@ -53,7 +53,7 @@ def check_metagradients(
     *,
     optimizer: optax.GradientTransformation,
     weights: Any = None,
-    entries: int = 24,
+    entries: int | None = None,
     epsilon: float = 0.3,
     seed: int = 0,
     microbatch: int | None = None,
@@ -68,7 +68,7 @@ def check_metagradients(
     Args:
       loss, outer, params, opt_state, batches, optimizer, weights, microbatch: as for
         `metagradients`, with one outer metric.
-      entries: windows to compare.
+      entries: windows to compare; None for 24, or all if there are fewer.
       epsilon: step in weight. Too small drowns in float32 rounding of Phi, too large in curvature.
       seed: of the choice of windows within each rank stratum and of the smoothness direction.
 
@@ -93,6 +93,7 @@ def check_metagradients(
         microbatch=microbatch,
     )
     scores = np.asarray(result.scores)
+    entries = min(24, scores.size) if entries is None else entries
     if not 2 <= entries <= scores.size:
         raise ConfigError(f"entries={entries}; expected 2 to {scores.size}, the windows there are.")
     base = jnp.ones(scores.shape, scores.dtype) if weights is None else jnp.asarray(weights)

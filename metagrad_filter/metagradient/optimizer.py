@@ -71,6 +71,16 @@ def owners(params: PyTree, opt_state: PyTree) -> tuple[int, ...]:
     return tuple(found)
 
 
+def _float_paths(tree: PyTree) -> list[Any]:
+    return [path for path, leaf in jax.tree.leaves_with_path(tree) if is_float(leaf)]
+
+
+def _holder(path: tuple[Any, ...], names: list[tuple[Any, ...]]) -> tuple[Any, ...]:
+    """Path of the state that holds a moment: `state[0].nu['wte']` is held by `state[0]`."""
+    of_param = max((len(n) for n in names if path[len(path) - len(n) :] == n), default=0)
+    return path[: len(path) - of_param - 1]
+
+
 def singular_moments(
     optimizer: optax.GradientTransformation, params: PyTree, opt_state: PyTree
 ) -> tuple[bool, ...]:
@@ -201,7 +211,14 @@ def warm_state(
         for path, leaf in jax.tree.leaves_with_path(fresh)
         if path in live and jnp.shape(live[path]) == jnp.shape(leaf)
     }
-    moments = {path for path in fits if is_float(live[path])}
+    # A lone scalar without an owner is an injected hyperparameter: the live learning rate itself.
+    moments = {
+        path
+        for path, owner in zip(_float_paths(fresh), owners(params, fresh))
+        if path in fits and (owner >= 0 or jnp.ndim(live[path]) > 0)
+    }
+    names = [name for name, _ in jax.tree.leaves_with_path(params)]
+    states = {_holder(path, names) for path in moments}
     if not moments and split_floats(fresh)[0]:
         raise ConfigError(
             "no moment of the live optimizer state fits the inner optimizer; pass the optimizer "
@@ -210,8 +227,8 @@ def warm_state(
         )
 
     def take(path, leaf):
-        beside = any(moment[: len(path) - 1] == path[:-1] for moment in moments)
-        if path not in fits or not (path in moments or beside):
+        count_of_moments = not is_float(leaf) and path[:-1] in states
+        if path not in fits or not (path in moments or count_of_moments):
             return leaf
         return jnp.asarray(live[path], jnp.asarray(leaf).dtype)
 

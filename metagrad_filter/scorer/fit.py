@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ _RIDGE = (1000.0, 300.0, 100.0, 30.0)  # descending: each solution starts the ne
 _MAX_IDF = 6.0
 _BAG_BITS, _BAG_WIDTH, _HIDDEN = 14, 16, 32
 _BAG_EPOCHS, _BAG_BATCH = 6, 256
+_BAG_OPTIMIZER = optax.adamw(3e-3, weight_decay=0.1)
 _BAG_MARGIN = 0.005  # rank correlation that the bag must add to be worth its cost
 _MINIMUM = 50
 
@@ -253,9 +254,8 @@ def _fit_bag(scorer, windows, targets, fit, choose, chosen, seed) -> Scorer | No
     present = present_ngrams(windows, scorer.pad_id).astype(np.float32)
     graph, state = nnx.split(_Bag(rngs=nnx.Rngs(seed)), nnx.Param)
     params = nnx.to_pure_dict(state)
-    optimizer = optax.adamw(3e-3, weight_decay=0.1)
-    opt_state = optimizer.init(params)
-    epoch = functools.partial(_bag_epoch, graph=graph, optimizer=optimizer)
+    opt_state = _BAG_OPTIMIZER.init(params)
+    epoch = functools.partial(_bag_epoch, graph=graph)
     rng = np.random.default_rng(seed)
     size = min(_BAG_BATCH, len(fit))
     best: tuple[float, Scorer] | None = None
@@ -277,15 +277,17 @@ def _fit_bag(scorer, windows, targets, fit, choose, chosen, seed) -> Scorer | No
     return best[1] if best is not None and best[0] > chosen + _BAG_MARGIN else None
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "optimizer"))
-def _bag_epoch(params, opt_state, batches, *, graph, optimizer):
+@functools.partial(jax.jit, static_argnames="graph")
+def _bag_epoch(params, opt_state, batches, *, graph):
     def objective(params, batch):
         rows, present, residual = batch
         return jnp.mean((nnx.merge(graph, params)(rows, present) - residual) ** 2)
 
     def step(carry, batch):
         params, opt_state = carry
-        updates, opt_state = optimizer.update(jax.grad(objective)(params, batch), opt_state, params)
+        updates, opt_state = _BAG_OPTIMIZER.update(
+            jax.grad(objective)(params, batch), opt_state, params
+        )
         return (optax.apply_updates(params, updates), opt_state), None
 
     return jax.lax.scan(step, (params, opt_state), batches)[0]
