@@ -30,7 +30,8 @@ def facts(record: dict[str, Any]) -> str:
         f"Split-half reliability of the labels {scorer['label_reliability']:.2f}, rank correlation "
         f"of the scorer with labels it was not fitted on {scorer['rank_correlation']:.2f}, of the "
         f"adjoint with finite differences {check['rank_correlation']:.3f}. "
-        f"{len(record['versions'])} versions, the second swapped in mid-stream. "
+        f"{len(record['versions'])} versions, the second swapped in mid-stream; scoring took "
+        f"{scorer['score_seconds'] / world['stream_windows'] * 1e6:.2f} microseconds per window. "
         f"The run took {record['seconds']:.0f} s on {record['environment']['cpus']} CPU cores."
     )
 

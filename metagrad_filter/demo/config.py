@@ -84,7 +84,7 @@ class DemoConfig:
             seeds=1,
             limit_documents=1800,
             blocks=12,
-            base_steps=200,
+            base_steps=192,
             held_out_windows=256,
             report_windows=256,
             curve_windows=256,
