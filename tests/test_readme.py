@@ -26,7 +26,7 @@ def test_example_trains_on_a_filtered_stream(tmp_path, monkeypatch):
     loss = DecoderLoss(config)
     adamw = functools.partial(optax.adamw, b2=0.95)
     params = init_decoder(config)
-    tokens = np.random.default_rng(0).integers(0, 32, (2048, 9), dtype=np.int32)
+    tokens = np.random.default_rng(0).integers(0, 32, (6144, 9), dtype=np.int32)
     trained = []
 
     def train_step(params, opt_state, batch):

@@ -176,7 +176,9 @@ def summary_table(results: Results) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
     for i, column in enumerate(_COLUMNS):
         # Units on a second line: the table then fits 80 columns.
-        heading = column.replace(" (", "\n(").replace("Gain ", "Gain\n").replace("Kept ", "Kept\n")
+        heading = column.replace(" (", "\n(")
+        for start in ("Gain ", "Kept ", "Prepare "):
+            heading = heading.replace(start, f"{start.rstrip()}\n")
         table.add_column(heading, justify="right" if i else "left", no_wrap=not i)
     for name, method in _methods(results):
         style = "bold" if name == "metagrad" else ""
