@@ -32,7 +32,8 @@ def make_results():
             "loss": curve[-1].tolist(),
             "kept_share": {"on_target": share, "off_target": 1 - share, "corrupt": 0.0},
             "recovered": (3.42 - end) / 0.06,
-            "score_seconds": 1.5,
+            "prepare_seconds": 358.2,
+            "score_seconds": 0.0036,
             "curve": {"tokens": tokens, "loss": curve.tolist()},
         }
     arms = [
@@ -294,7 +295,7 @@ def test_the_terminal_table_fits_80_columns_and_reads_no_markup(results):
     text = console.export_text()
     assert "[red]name" in text and "\u2026" not in text
     row = next(line for line in text.splitlines() if "metagradient" in line)
-    assert re.search(r"3\.3610 \u00b1 0\.0010 +0\.98 +\d\.\d+ / \d\.\d+ / \d\.\d+ +1\.5", row)
+    assert re.search(r"3\.3610 \u00b1 0\.0010 +0\.98 +\d\.\d+/\d\.\d+/\d\.\d+ +358\+0\.004", row)
 
 
 def test_the_report_is_written_as_a_whole(results, tmp_path):

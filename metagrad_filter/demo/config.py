@@ -25,6 +25,7 @@ class DemoConfig:
       blocks: blocks of the live stream.
       block_windows: windows that are ranked together.
       batch_windows: windows of a training step.
+      layers: of the model.
       base_steps: training steps of the base model on the unfiltered mixture.
       peak_learning_rate: of the base model, held for six tenths of its steps.
       learning_rate: live learning rate, to which the base's falls by the end of its training; it
@@ -32,6 +33,7 @@ class DemoConfig:
       held_out_windows: windows of the target; half is differentiated, half judges at the gate.
       report_windows: other windows of the target, on which the table's losses are measured.
       curve_windows: how many of those are used for the points of the loss curves.
+      reference_steps: numbers of steps that are tried for RHO-loss's reference model.
       check_horizon: steps of the trajectory that finite differences are compared on.
       check_entries: windows that are compared.
       calibration: configuration of each calibration round.
@@ -47,12 +49,14 @@ class DemoConfig:
     blocks: int = 36
     block_windows: int = 512
     batch_windows: int = 64
+    layers: int = 2
     base_steps: int = 1200
     peak_learning_rate: float = 4e-3
     learning_rate: float = 1e-3
     held_out_windows: int = 2048
     report_windows: int = 2048
     curve_windows: int = 512
+    reference_steps: tuple[int, ...] = (24, 48, 96, 192)
     check_horizon: int = 8
     check_entries: int = 10
     calibration: CalibrationConfig = field(
@@ -82,21 +86,23 @@ class DemoConfig:
         return replace(
             self,
             seeds=1,
-            limit_documents=1800,
-            blocks=12,
-            base_steps=192,
+            limit_documents=1500,
+            blocks=8,
+            layers=1,
+            base_steps=120,
+            reference_steps=(24, 48),
             held_out_windows=256,
             report_windows=256,
             curve_windows=256,
-            check_horizon=4,
-            check_entries=5,
+            # The horizon of a calibration, so that one compiled sweep serves both.
+            check_horizon=8,
+            check_entries=4,
             calibration=replace(
                 self.calibration,
-                horizon=16,
+                horizon=8,
                 trajectories=2,
-                labels=2048,
+                labels=1024,
                 gate_steps=8,
-                gate_pairs=2,
             ),
         )
 

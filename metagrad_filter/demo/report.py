@@ -176,14 +176,16 @@ def summary_table(results: Results) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
     for i, column in enumerate(_COLUMNS):
         # Units on a second line: the table then fits 80 columns.
-        heading = column.replace(" (", "\n(")
+        heading = column.replace(" (", "\n(").replace(" / ", "/")
         for start in ("Gain ", "Kept ", "Prepare "):
-            heading = heading.replace(start, f"{start.rstrip()}\n")
+            heading = heading.replace(start, f"{start.rstrip()}\n").replace("+ score", "+score")
         table.add_column(heading, justify="right" if i else "left", no_wrap=not i)
     for name, method in _methods(results):
         style = "bold" if name == "metagrad" else ""
         # Text, not str: a name in square brackets is not markup.
-        cells = [Text(cell) for cell in (figures.method_look(name).name, *_cells(method))]
+        *shown, seconds = (figures.method_look(name).name, *_cells(method))
+        shown[-1] = shown[-1].replace(" / ", "/")
+        cells = [Text(cell) for cell in (*shown, seconds.replace(" + ", "+"))]
         table.add_row(*cells, style=style)
     return table
 
@@ -265,8 +267,8 @@ def _methods_table(results: Results) -> str:
         '<p class="note">Loss: mean over seeds \u00b1 standard deviation; lower is better.'
         " Gain recovered: the share of the distance from random to on-target only. On-target only"
         " reads the true classes and is here as a yardstick: no filter has them. Prepare: seconds"
-        " for what has to be there first (calibration rounds, a tuned reference model), beside other"
-        " work. Score: seconds to score the whole stream once.</p>"
+        " for what has to be there first (calibration rounds, a tuned reference model), beside"
+        " other work. Score: seconds to score the whole stream once.</p>"
     )
 
 

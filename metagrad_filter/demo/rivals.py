@@ -7,13 +7,16 @@ References:
 from __future__ import annotations
 
 import numpy as np
-import optax
 
-from metagrad_filter.demo.training import State, train, window_losses
-from metagrad_filter.metagradient.optimizer import warm_state
+from metagrad_filter.demo.training import (
+    State,
+    continued_state,
+    falling_rates,
+    train,
+    window_losses,
+)
 from metagrad_filter.proxy.proxy import Proxy
 
-_REFERENCE_STEPS = (24, 48, 96, 192)
 _REFERENCE_BATCH = 64
 
 
@@ -27,7 +30,14 @@ def rho_loss_scores(losses: np.ndarray, reference_losses: np.ndarray) -> np.ndar
     return losses - reference_losses
 
 
-def tuned_reference(proxy: Proxy, target: np.ndarray, judge: np.ndarray, *, seed: int) -> State:
+def tuned_reference(
+    proxy: Proxy,
+    target: np.ndarray,
+    judge: np.ndarray,
+    *,
+    steps: tuple[int, ...],
+    seed: int,
+) -> State:
     """Tunes the base on target windows: RHO-loss's reference model.
 
     The number of steps is chosen on windows that are not trained on, for a reference that has
@@ -37,20 +47,19 @@ def tuned_reference(proxy: Proxy, target: np.ndarray, judge: np.ndarray, *, seed
       proxy: the base, in training.
       target: `(n, T)` windows to tune on.
       judge: `(m, T)` windows that choose the number of steps.
+      steps: numbers of steps to try, ascending.
       seed: of the order.
 
     Returns:
       Parameters and state of the reference with the lowest loss on `judge`: the last that improved
-      as the number of steps doubled.
+      as the number of steps grew.
     """
     rng = np.random.default_rng(seed)
     best: tuple[float, State] | None = None
-    for steps in _REFERENCE_STEPS:
-        schedule = optax.linear_schedule(proxy.learning_rate, proxy.learning_rate / 10, steps)
-        optimizer = proxy.optimizer(schedule)
-        start = (proxy.params, warm_state(optimizer, proxy.params, proxy.opt_state))
-        batches = target[rng.integers(0, len(target), (steps, _REFERENCE_BATCH))]
-        state = train(proxy.loss, optimizer, start, batches)
+    for count in steps:
+        rates = falling_rates(proxy.learning_rate, count)
+        batches = target[rng.integers(0, len(target), (count, _REFERENCE_BATCH))]
+        state = train(proxy.loss, proxy.optimizer, rates, continued_state(proxy), batches)
         found = float(window_losses(proxy.loss, state[0], judge).mean())
         if best is not None and found >= best[0]:
             break

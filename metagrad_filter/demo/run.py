@@ -45,7 +45,13 @@ from metagrad_filter.demo.stream import (
     kept_on_target,
     live_batches,
 )
-from metagrad_filter.demo.training import mean_window_loss, train, window_losses
+from metagrad_filter.demo.training import (
+    falling_rates,
+    fresh_state,
+    mean_window_loss,
+    train,
+    window_losses,
+)
 from metagrad_filter.errors import CalibrationFailed, DataError
 from metagrad_filter.labels import gaussian_ranks
 from metagrad_filter.ledger import Ledger
@@ -190,8 +196,7 @@ class _Bench:
 
     def __init__(self, proxy: Proxy, parts: _Parts, config: DemoConfig):
         self.proxy, self.parts, self.config = proxy, parts, config
-        rate = config.learning_rate
-        self.optimizer = proxy.optimizer(optax.linear_schedule(rate, rate / 10, config.steps))
+        self.rates = falling_rates(config.learning_rate, config.steps)
         self.orders = [
             np.random.default_rng([config.seed, 1, seed]).permutation(len(parts.stream))
             for seed in range(config.seeds)
@@ -203,7 +208,7 @@ class _Bench:
         }
 
     def arm(self) -> Arm:
-        return Arm.start(self.proxy, self.optimizer, self.parts.report[: self.config.curve_windows])
+        return Arm.start(self.proxy, self.rates, self.parts.report[: self.config.curve_windows])
 
     def live_arm(self, run_dir: Path, *, seed: int) -> _LiveArm:
         batches = live_batches(
@@ -229,6 +234,7 @@ class _Bench:
             proxy,
             target.target_windows,
             target.gate_windows,
+            steps=self.config.reference_steps,
             seed=self.config.seed,
         )
         tuned, tuned_seconds = _timed(window_losses, proxy.loss, reference[0], stream)
@@ -317,7 +323,7 @@ def _train_base(
         vocab_size=vocab_size,
         n_positions=config.window_tokens - 1,
         n_embd=48,
-        n_layer=2,
+        n_layer=config.layers,
         n_head=2,
         # Second derivatives of GELU's tanh dominate the sweep on CPU; squared ReLU has none.
         activation_function="relu2",
@@ -325,7 +331,6 @@ def _train_base(
     )
     loss = DecoderLoss(model)
     factory = functools.partial(optax.adamw, b2=0.95, weight_decay=0.01)
-    optimizer = factory(_base_schedule(config))
     params = init_decoder(model, seed=config.seed)
     rng = np.random.default_rng([config.seed, 0])
     wanted = config.base_steps * config.batch_windows
@@ -333,26 +338,21 @@ def _train_base(
     order = np.concatenate([rng.permutation(len(windows)) for _ in range(epochs)])[:wanted]
     params, opt_state = train(
         loss,
-        optimizer,
-        (params, optimizer.init(params)),
+        factory,
+        _base_rates(config),
+        fresh_state(factory, params),
         windows[order].reshape(config.base_steps, config.batch_windows, -1),
         progress=lambda done: progress("base model", done, config.base_steps),
     )
     return Proxy(loss, params, opt_state, factory, config.learning_rate)
 
 
-def _base_schedule(config: DemoConfig) -> optax.Schedule:
+def _base_rates(config: DemoConfig) -> np.ndarray:
     """Warm-up, a stable phase, and a decay that ends at the live rate."""
-    warm, hold = min(50, config.base_steps // 4), config.base_steps * 6 // 10
-    peak, live = config.peak_learning_rate, config.learning_rate
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, peak, warm),
-            optax.constant_schedule(peak),
-            optax.linear_schedule(peak, live, config.base_steps - hold),
-        ],
-        [warm, hold],
-    )
+    steps = config.base_steps
+    turns = [0, min(50, steps // 4), steps * 6 // 10, steps]
+    values = [0.0, config.peak_learning_rate, config.peak_learning_rate, config.learning_rate]
+    return np.interp(np.arange(steps), turns, values).astype(np.float32)
 
 
 def _check(

@@ -9,19 +9,17 @@ from typing import Any
 
 import grain
 import numpy as np
-import optax
 
 from metagrad_filter.demo.config import DemoConfig
 from metagrad_filter.demo.data import CLASS_NAMES, ON_TARGET
-from metagrad_filter.demo.training import State, mean_window_loss, train
+from metagrad_filter.demo.training import State, continued_state, mean_window_loss, train
 from metagrad_filter.errors import WindowError
-from metagrad_filter.metagradient.optimizer import warm_state
 from metagrad_filter.proxy.proxy import Proxy
 from metagrad_filter.selection import select
 from metagrad_filter.transform import score_filter
 from metagrad_filter.windows import TextWindows
 
-EVALUATE_EVERY = 18  # steps between points of the loss curve
+EVALUATE_EVERY = 12  # steps between points of the loss curve
 
 
 class _Source:
@@ -120,7 +118,7 @@ class Arm:
 
     Attributes:
       proxy: the base.
-      optimizer: at a rate that falls linearly over the stream.
+      rates: learning rate of each step of the stream.
       curve: windows on which the points of the loss curve are measured.
       state: parameters and optimizer state.
       tokens: training tokens at which the loss was measured.
@@ -128,7 +126,7 @@ class Arm:
     """
 
     proxy: Proxy
-    optimizer: optax.GradientTransformation
+    rates: np.ndarray
     curve: np.ndarray
     state: State
     tokens: list[int] = field(default_factory=list)
@@ -139,17 +137,16 @@ class Arm:
     def start(
         cls,
         proxy: Proxy,
-        optimizer: optax.GradientTransformation,
+        rates: np.ndarray,
         curve: np.ndarray,
     ) -> Arm:
-        state = (proxy.params, warm_state(optimizer, proxy.params, proxy.opt_state))
-        arm = cls(proxy, optimizer, curve, state)
+        arm = cls(proxy, rates, curve, continued_state(proxy))
         arm._measure(0)
         return arm
 
     def train(self, batches: np.ndarray) -> None:
         """Takes one step per batch of `(steps, B, T)` windows, then measures the loss."""
-        self.state = train(self.proxy.loss, self.optimizer, self.state, batches)
+        self.state = train(self.proxy.loss, self.proxy.optimizer, self.rates, self.state, batches)
         self.steps += len(batches)
         self._measure(self.steps * batches.shape[1] * (batches.shape[2] - 1))
 

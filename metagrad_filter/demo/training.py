@@ -1,4 +1,8 @@
-"""Training and evaluation of the demo's model: many steps inside one scan."""
+"""Training and evaluation of the demo's model: many steps inside one scan.
+
+Learning rates are data, not part of the program: every training run of the demo, whatever its
+schedule, shares one compiled program.
+"""
 
 from __future__ import annotations
 
@@ -10,35 +14,70 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from metagrad_filter.metagradient.optimizer import warm_state
 from metagrad_filter.metagradient.trajectory import run
+from metagrad_filter.proxy.proxy import OptimizerFactory, Proxy
 from metagrad_filter.types import Loss, PyTree
 
 State = tuple[PyTree, PyTree]
 
-_CHUNK = 24  # steps per compiled call: 2-3 times faster on CPU than one call a step
+_CHUNK = 12  # steps per compiled call: 2-3 times faster on CPU than one call a step
+_RATES = 2048  # one length for all schedules, so that the program has one shape
+
+
+def falling_rates(start: float, steps: int) -> np.ndarray:
+    """`(steps,)` learning rates that fall linearly from `start` to a tenth of it."""
+    return np.linspace(start, start / 10, steps + 1, dtype=np.float32)[:-1]
+
+
+def fresh_state(factory: OptimizerFactory, params: PyTree) -> State:
+    """Parameters with the optimizer state of a run that has not begun."""
+    return params, factory(_unscheduled).init(params)
+
+
+def continued_state(proxy: Proxy) -> State:
+    """The proxy's parameters and warm moments, with the schedule at its beginning."""
+    optimizer = proxy.optimizer(_unscheduled)
+    return proxy.params, warm_state(optimizer, proxy.params, proxy.opt_state)
 
 
 def train(
     loss: Loss,
-    optimizer: optax.GradientTransformation,
+    factory: OptimizerFactory,
+    rates: np.ndarray,
     state: State,
     batches: np.ndarray,
     *,
     progress: Callable[[int], None] = lambda done: None,
 ) -> State:
-    """Runs one optimizer step per batch of `(steps, B, T)` windows; returns the new state."""
+    """Runs one optimizer step per batch; returns the new state.
+
+    Args:
+      loss: of the model.
+      factory: schedule -> optax transformation.
+      rates: `(total,)` learning rate of each step of the whole run, total <= 2048.
+      state: parameters and optimizer state, as far as the run has come.
+      batches: `(steps, B, T)` windows of the next steps.
+      progress: called with the number of steps done.
+    """
+    padded = jnp.asarray(np.pad(rates, (0, _RATES - len(rates)), mode="edge"))
     for start in range(0, len(batches), _CHUNK):
         chunk = batches[start : start + _CHUNK]
-        state = _steps(*state, chunk, loss=loss, optimizer=optimizer)
+        state = _steps(*state, chunk, padded, loss=loss, factory=factory)
         jax.block_until_ready(state)
         progress(start + len(chunk))
     return state
 
 
-@functools.partial(jax.jit, static_argnames=("loss", "optimizer"))
-def _steps(params, opt_state, batches, *, loss, optimizer):
+@functools.partial(jax.jit, static_argnames=("loss", "factory"))
+def _steps(params, opt_state, batches, rates, *, loss, factory):
     weights = jnp.ones(batches.shape[:2], jnp.float32)
+    optimizer: optax.GradientTransformation = factory(lambda count: rates[count])
     return run(loss, optimizer, params, opt_state, batches, weights)[:2]
+
+
+def _unscheduled(count: jax.Array) -> jax.Array:
+    return jnp.zeros_like(count, jnp.float32)
 
 
 def mean_window_loss(loss: Loss, params: PyTree, windows: np.ndarray) -> float:
