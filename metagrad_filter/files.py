@@ -1,4 +1,4 @@
-"""The two file operations that both lanes trust: write once, and read a bounded regular file.
+"""File operations that both lanes trust: write once, replace, and read a bounded regular file.
 
 `write_once` makes a complete file appear under a name that did not exist, or changes nothing:
 temporary file, fsync, hard link (which refuses to overwrite, on POSIX and NFS alike), fsync of the
@@ -53,6 +53,28 @@ def write_once(path: Path, data: bytes) -> bool:
             os.unlink(temporary)
     sync_directory(path.parent)
     return True
+
+
+def replace_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+    """Puts `data` at `path`, replacing what is there as a whole; makes the directory.
+
+    Args:
+      path: target.
+      data: the complete content.
+      mode: permissions of the file.
+
+    Raises:
+      OSError: it cannot be written; what was there before is intact.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"
+    try:
+        temporary.write_bytes(data)
+        temporary.chmod(mode)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def sync_directory(directory: Path) -> None:

@@ -17,7 +17,6 @@ import hashlib
 import io
 import json
 import os
-import tempfile
 import xml.etree.ElementTree as ElementTree
 import zipfile
 import zlib
@@ -34,6 +33,7 @@ from metagrad_filter.adapters.text import (  # pyright: ignore[reportMissingImpo
 )
 from metagrad_filter.demo.fetch import default_cache_dir, fetch_member, fetch_members
 from metagrad_filter.errors import ConfigError, DataError
+from metagrad_filter.files import replace_file
 
 CLASS_NAMES = ("on_target", "off_target", "corrupt")
 ON_TARGET, OFF_TARGET, CORRUPT = range(3)
@@ -319,15 +319,7 @@ def _store(world: World, path: Path) -> None:
 
 def _replace(path: Path, content: bytes) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=".world-", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        replace_file(path, content)
     except OSError as error:
         raise DataError(
             f"{path} cannot be written ({error}). Free some space, or set METAGRAD_FILTER_CACHE to"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
@@ -22,6 +21,7 @@ from rich.text import Text
 
 from metagrad_filter.demo import figures
 from metagrad_filter.errors import DataError
+from metagrad_filter.files import replace_file
 
 Results = Mapping[str, Any]
 
@@ -109,16 +109,7 @@ def write_report(results: Results, path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     content = report_html(results).encode()
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=".report-", dir=target.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-            os.chmod(temporary, 0o644)  # mkstemp makes it private; a report is there to be shown
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        replace_file(target, content, mode=0o644)  # a report is there to be shown
     except OSError as error:
         raise DataError(
             f"The report {target} cannot be written ({error}). Pass a path that can."

@@ -53,6 +53,7 @@ from metagrad_filter.demo.training import (
     window_losses,
 )
 from metagrad_filter.errors import CalibrationFailed, DataError
+from metagrad_filter.files import replace_file
 from metagrad_filter.labels import gaussian_ranks
 from metagrad_filter.ledger import Ledger
 from metagrad_filter.metagradient import check_metagradients
@@ -167,7 +168,8 @@ def run_demo(config: DemoConfig, *, progress: Progress = silent) -> dict[str, An
         "stages": clock.seconds,
         "seconds": round(time.monotonic() - started, 1),
     }
-    (config.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    content = json.dumps(results, indent=1) + "\n"
+    replace_file(config.out / "results.json", content.encode(), mode=0o644)
     write_report(results, config.out / "report.html")
     return results
 

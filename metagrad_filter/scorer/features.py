@@ -3,7 +3,7 @@
     windows (N, T) int32 -> rows (N, 2T-1) uint32 -> mean row (N, D) float64
 
 Unigrams and bigrams of ids are hashed into `2**bits` rows. This file is the definition; the C++
-kernel `kernels/scorer/ngram_bag.cpp` computes the same numbers, bit for bit, about ten times
+kernel `kernels/scorer/ngram_bag.cpp` computes the same numbers, bit for bit, and
 faster. Integer hashing and sequential float64 sums make a window's result independent of the
 batch it arrives in and of the machine, which is what lets two workers rank a block alike.
 

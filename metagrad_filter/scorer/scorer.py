@@ -5,7 +5,7 @@
 
 A higher score means that training on the window lowers the outer metric more. Everything after
 the table reads is float64 arithmetic without BLAS, so a window's score does not depend on the
-batch it arrives in. Cost: about a microsecond per 64-token window for the linear scorer.
+batch it arrives in. The linear scorer's cost per window is in the demo's record.
 
 Read next: `features.py` (the n-grams), `artifact.py` (how a scorer is stored), `fit.py`.
 """
