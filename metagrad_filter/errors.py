@@ -60,7 +60,24 @@ class StateMismatch(MetagradFilterError, ValueError):
 
 
 class NonFiniteMetagradient(MetagradFilterError, ArithmeticError):
-    """A trajectory or its adjoint left the finite numbers."""
+    """A trajectory or its adjoint left the finite numbers.
+
+    Attributes:
+      step: inner step at which it was first seen, or None.
+      windows: positions in that step's batch of the windows that it was seen in; may be empty.
+    """
+
+    def __init__(self, message: str, *, step: int | None = None, windows: tuple[int, ...] = ()):
+        super().__init__(message)
+        self.step = step
+        self.windows = windows
+
+    def __reduce__(self):
+        return _non_finite, (self.args[0], self.step, self.windows)
+
+
+def _non_finite(message: str, step: int | None, windows: tuple[int, ...]) -> NonFiniteMetagradient:
+    return NonFiniteMetagradient(message, step=step, windows=windows)
 
 
 class CalibrationFailed(MetagradFilterError, RuntimeError):

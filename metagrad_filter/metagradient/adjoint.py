@@ -10,11 +10,13 @@ step is
     dPhi/dw_ti   = l_dot_i / B
     a           <- a + Hc                                      the Hessian is symmetric
 
-No tape of the model's activations outlives a step, and U may be any optax transformation. The mean
-of `c_t / B` over insertion steps is the *probe*: one forward-mode product with it scores any window
+No activation of the model outlives a step, and U may be any optax transformation. The mean of
+`c_t / B` over insertion steps is the *probe*: one forward-mode product with it scores any window
 (see `probe.py`).
 
-Cost: one gradient and about 2.7 gradients' worth of arithmetic a step. Memory: the tape.
+Cost: one gradient and about 2.7 gradients' worth of arithmetic a step, and one gradient more for
+every level of segments. Memory: `tape.py`. The derivatives: `optimizer.py` and `second_order.py`.
+The compiled programs: `sweep.py`.
 
 References:
   Engstrom et al., 2025, https://arxiv.org/abs/2503.13751 (metagradients, REPLAY).
@@ -24,30 +26,42 @@ References:
 from __future__ import annotations
 
 import functools
-import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding
 
-from metagrad_filter.errors import ConfigError, NonFiniteMetagradient, WindowError
-from metagrad_filter.metagradient.optimizer import (
-    is_float,
-    pull_back_update,
-    singular_moments,
-    split_floats,
+from metagrad_filter.errors import ConfigError, WindowError
+from metagrad_filter.metagradient.divergence import explain
+from metagrad_filter.metagradient.optimizer import is_float, singular_moments
+from metagrad_filter.metagradient.sweep import (
+    Carry,
+    Program,
+    Segment,
+    State,
+    advance,
+    begin,
+    finite,
+    sweep,
+    sweep_whole,
 )
-from metagrad_filter.metagradient.trajectory import Tape, in_pieces, run
+from metagrad_filter.metagradient.tape import (
+    Tape,
+    choose_tape,
+    free_bytes,
+    has_host_memory,
+    sizes_of,
+)
 from metagrad_filter.types import Loss, Outer, PyTree
 
 TapeKind = Literal["auto", "state", "gradient", "segments"]
 Differentiation = Literal["forward_over_reverse", "reverse_over_reverse"]
-
-_STATE_TAPE_BYTES = 1 << 30  # what tape="auto" spends before it keeps gradients only
 
 
 @dataclass(frozen=True)
@@ -57,12 +71,12 @@ class Metagradients:
     Attributes:
       phi: the outer metric at the end of the trajectory, scalar.
       scores: `(T, B)`, score = -dPhi/dw; higher means more worth training on.
-      probe: pytree like params; see `probe_scores`.
+      probe: pytree like params, float32 or wider; see `probe_scores`.
       params: parameters at the end of the trajectory.
       opt_state: optimizer state at the end of the trajectory.
       masked_coordinates: coordinates of the gradient that had no second moment at the first step
         and took cotangent zero; 0 for optimizers that do not divide by its root.
-      tape: which tape the sweep kept.
+      tape: what the sweep kept; `str(tape)` says it in a sentence.
     """
 
     phi: Any
@@ -71,20 +85,7 @@ class Metagradients:
     params: PyTree
     opt_state: PyTree
     masked_coordinates: int
-    tape: str
-
-
-class _Program(NamedTuple):
-    """Everything about a sweep that is fixed when it is compiled."""
-
-    loss: Loss
-    outers: tuple[Outer, ...]
-    stacked: bool
-    optimizer: optax.GradientTransformation
-    microbatch: int | None
-    tape: str
-    differentiation: str
-    singular: tuple[bool, ...]
+    tape: Tape
 
 
 def metagradients(
@@ -98,12 +99,15 @@ def metagradients(
     weights: Any = None,
     microbatch: int | None = None,
     tape: TapeKind = "auto",
+    levels: int | None = None,
+    offload: bool | None = None,
     differentiation: Differentiation = "forward_over_reverse",
 ) -> Metagradients:
     """Scores every window of a trajectory by -dPhi/dw of its loss weight.
 
     The call compiles once per `(loss, outer, optimizer)` and shapes: pass the same function objects
-    again and the compiled program is reused.
+    again and the compiled program is reused. Arrays may be sharded over a device mesh (see
+    `metagrad_filter.sharding`): the computation follows them.
 
     Args:
       loss: `loss(params, batch) -> (B,)` floats, the loss of each window of the batch.
@@ -113,23 +117,35 @@ def metagradients(
       opt_state: `optimizer.init(params)`, or the live (warm) moments. Prefer warm ones: from cold
         Adam moments the scores of a trajectory sum to zero by construction.
       batches: pytree of arrays with leading axes `(T, B, ...)`: one fresh batch per inner step.
-      optimizer: any optax transformation whose update is differentiable.
+      optimizer: any optax transformation. Where its update is not differentiable it is given its
+        derivative almost everywhere: sign functions (Lion) have zero, integer state has none, and
+        rounding to a narrower dtype is the identity.
       weights: `(T, B)` loss weights, default ones.
       microbatch: windows per gradient evaluation; memory falls, results do not change.
-      tape: what the backward sweep keeps. "state": parameters, moments and gradient of every step.
-        "gradient": every gradient and the state of every sqrt(T)-th step, between which optimizer
-        steps are replayed without the model. "segments": the state of every sqrt(T)-th step only,
-        the model is evaluated again. "auto": "state" up to 1 GiB, then "gradient".
+      tape: what the backward sweep keeps; results do not change. "state": parameters, moments and
+        gradient of every step. "gradient": every gradient, optimizer updates are replayed.
+        "segments": states some steps apart, between which the model runs again. "auto": the
+        cheapest that fits half of the device's free memory; `result.tape` says which.
+      levels: of "segments": 1, or 2 or 3 for hundreds of steps (less memory, one more forward pass
+        a level). None for one, or for what "auto" needs.
+      offload: whether the states of "segments", and the end of the trajectory, are kept in host
+        memory. None leaves it to "auto".
       differentiation: "forward_over_reverse", or "reverse_over_reverse" for models that have no
         forward-mode rule.
 
     Returns:
-      `Metagradients`, in the dtype of the losses (float32 unless jax runs in 64 bits).
+      `Metagradients`, in the dtype of the losses (float32 unless jax runs in 64 bits). With narrow
+      parameters (bfloat16) cotangents are float32 all the same.
 
     Raises:
       ConfigError: an argument is out of its domain.
       WindowError: `batches` or `weights` do not have the leading axes `(T, B)`.
-      NonFiniteMetagradient: the trajectory or its adjoint left the finite numbers.
+      NonFiniteMetagradient: the trajectory or its adjoint left the finite numbers; names the step
+        and, where there are some, the windows.
+
+    Warns:
+      RuntimeWarning: every score is exactly zero, as it is for an optimizer whose update is the
+        sign of a mean of gradients.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -145,179 +161,165 @@ def metagradients(
       Engstrom et al., 2025, https://arxiv.org/abs/2503.13751, section 3.
     """
     outers = dict(outer) if isinstance(outer, Mapping) else {"": outer}
-    weights = _checked(params, batches, weights, outers, microbatch, tape, differentiation)
-    kind = _choose_tape(params, opt_state, len(weights)) if tape == "auto" else tape
-    program = _Program(
+    weights = _checked(params, batches, weights, outers, microbatch, differentiation)
+    singular = singular_moments(optimizer, params, opt_state)
+    plan = choose_tape(
+        tape,
+        len(weights),
+        sizes_of(params, opt_state, len(outers)),
+        levels=levels,
+        offload=offload,
+        free_bytes=free_bytes(params),
+        has_host_memory=has_host_memory(params),
+    )
+    program = Program(
         loss=loss,
         outers=tuple(outers.values()),
         stacked=isinstance(outer, Mapping),
         optimizer=optimizer,
         microbatch=microbatch,
-        tape=kind,
         differentiation=differentiation,
-        singular=singular_moments(optimizer, params, opt_state),
+        singular=singular,
+        skips=_slots(plan, len(weights)) != len(weights),
+        mesh=_mesh(batches),
     )
-    phi, scores, probe, end, end_state, masked = _sweep(
-        params, opt_state, batches, weights, program=program
-    )
-    _check_finite(np.asarray(phi), np.asarray(scores), probe)
+    walk = _in_segments if plan.spans else _in_one
+    end, phi, carry, scores, masked = walk(program, plan, (params, opt_state), batches, weights)
+    probe = _mean_cotangent(carry.probe, weights.size)
+    if not all(finite((phi, scores, probe))):
+        raise explain(program, (params, opt_state), batches, weights, phi, scores, probe)
+    _warn_of_zeros(scores)
     if program.stacked:
         names = list(outers)
         phi = {name: phi[i] for i, name in enumerate(names)}
-        scores = {name: scores[i] for i, name in enumerate(names)}
+        scores = {name: scores[:, i] for i, name in enumerate(names)}
         probe = {name: jax.tree.map(lambda x, i=i: x[i], probe) for i, name in enumerate(names)}
-    return Metagradients(phi, scores, probe, end, end_state, int(masked), kind)
+    return Metagradients(phi, scores, probe, *end, int(masked), plan)
 
 
-@functools.partial(jax.jit, static_argnames="program")
-def _sweep(params, opt_state, batches, weights, *, program: _Program):
-    steps, size = weights.shape
+def _in_one(program: Program, plan: Tape, state: State, batches: PyTree, weights: jax.Array):
+    """The whole trajectory as one segment, in one program."""
+    steps = len(weights)
+    segment = _segment(plan, batches, weights, 0, _slots(plan, steps))
+    end, phi, carry, scores, masked = sweep_whole(state, segment, program=program)
+    return end, phi, carry, scores[:steps], masked[0]
 
-    def forward(state, batches, weights, **options):
-        params, opt_state = state
-        return run(
-            program.loss,
-            program.optimizer,
-            params,
-            opt_state,
-            batches,
-            weights,
-            microbatch=program.microbatch,
-            **options,
-        )
 
-    # Forward: segments of `span` steps; the state tape is one segment that keeps every step.
-    span = steps if program.tape == "state" else math.ceil(math.sqrt(steps))
-    whole = steps // span * span
+def _in_segments(program: Program, plan: Tape, state: State, batches: PyTree, weights: jax.Array):
+    """Segment by segment, from states kept on the way; deeper levels keep states within those."""
+    steps, swept = len(weights), plan.spans[-1]
+    keep, fetch = (_to_host, _to_device) if plan.offload else (_as_is, _as_is)
+    found: list[tuple[jax.Array, jax.Array]] = []
 
-    def segment(carry, inputs):
-        start = carry
-        record = (lambda t: t) if program.tape == "state" else (lambda t: t.gradient)
-        keep = None if program.tape == "segments" else record
-        end, end_state, kept = forward(carry, *inputs, record=keep)
-        return (end, end_state), (None if program.tape == "state" else start, kept)
+    def segment(start: int) -> Segment:
+        return _segment(plan, batches, weights, start, swept)
 
-    head = jax.tree.map(
-        lambda x: x[:whole].reshape(whole // span, span, *x.shape[1:]), (batches, weights)
+    def climb(state: State, start: int, stop: int, span: int) -> tuple[list[State], State]:
+        """Runs steps `start` to `stop`; returns the states `span` apart, and that at `stop`."""
+        states = []
+        for step in range(start, stop, swept):
+            if (step - start) % span == 0:
+                states.append(state if step == start else keep(state))
+            state = advance(state, segment(step), program=program)
+        return states, state
+
+    def descend(state: State, start: int, stop: int, spans: tuple[int, ...], carry: Carry) -> Carry:
+        if not spans or stop - start <= swept:
+            carry, *of_steps = sweep(fetch(state), segment(start), carry, program=program)
+            found.append((of_steps[0], of_steps[1]))
+            return carry
+        # The last stretch is climbed again from its own state.
+        last = start + (stop - start - 1) // spans[0] * spans[0]
+        states, end = climb(fetch(state), start, last, spans[0])
+        return down([*states, keep(end)], start, stop, spans, carry)
+
+    def down(states: list[State], start: int, stop: int, spans: tuple[int, ...], carry: Carry):
+        while states:
+            begins = start + (len(states) - 1) * spans[0]
+            carry = descend(states.pop(), begins, min(begins + spans[0], stop), spans[1:], carry)
+        return carry
+
+    states, end = climb(state, 0, steps, plan.spans[0])
+    phi, carry = begin(end, program=program)
+    end = keep(end)
+    carry = down(states, 0, steps, plan.spans, carry)
+    scores = jnp.concatenate([scores for scores, _ in reversed(found)])
+    return end, phi, carry, scores[:steps], found[-1][1][0]
+
+
+def _segment(plan: Tape, batches: PyTree, weights: jax.Array, start: int, slots: int) -> Segment:
+    """`slots` steps from `start` on, cut into blocks; beyond the end the last step is repeated."""
+    steps, block = len(weights), plan.block
+    blocks = -(-slots // block)
+    index = np.arange(start, start + blocks * block)
+    active = (index < steps) & (index < start + slots)
+    whole = index[-1] < steps
+
+    def cut(x: jax.Array) -> jax.Array:
+        taken = x[start : start + blocks * block] if whole else x[np.minimum(index, steps - 1)]
+        return jnp.reshape(taken, (blocks, block, *x.shape[1:]))
+
+    return Segment(
+        jax.tree.map(cut, batches), cut(weights), jnp.asarray(active.reshape(blocks, block))
     )
-    tail = jax.tree.map(lambda x: x[whole:], (batches, weights))
-    state, head_tape = jax.lax.scan(segment, (params, opt_state), head)
-    if whole < steps:
-        state, tail_tape = segment(state, tail)
-    end, end_state = state
 
-    # Backward: the cotangent of the parameters starts as grad Phi, that of the moments as zero.
-    phis, lams = zip(*(jax.value_and_grad(outer)(end) for outer in program.outers))
-    phi = jnp.stack(phis)
-    lam = jax.tree.map(lambda *x: jnp.stack(x), *lams)
-    if not program.stacked:
-        phi, lam = phi[0], jax.tree.map(lambda x: x[0], lam)
-    lead = (len(phis),) if program.stacked else ()
-    floats = split_floats(end_state)[0]
-    mu = [jnp.zeros(lead + f.shape, f.dtype) for f in floats]
-    carry = (lam, mu, jax.tree.map(jnp.zeros_like, lam), jnp.int32(0))
 
-    def step(carry, inputs):
-        lam, mu, total, _ = carry
-        tape, batch, w = inputs
-        lam, mu, cotangent, masked = pull_back_update(
-            program.optimizer,
-            tape.params,
-            tape.opt_state,
-            tape.gradient,
-            (lam, mu),
-            singular=program.singular,
-            stacked=program.stacked,
+def _slots(plan: Tape, steps: int) -> int:
+    """Steps of all segments, with those that only fill up."""
+    swept = plan.spans[-1] if plan.spans else steps
+    filled = -(-swept // plan.block) * plan.block
+    return -(-steps // swept) * filled
+
+
+def _mesh(batches: PyTree) -> Mesh | None:
+    """The mesh over which the batches are sharded, if they are."""
+    for leaf in jax.tree.leaves(batches):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+            return sharding.mesh
+    return None
+
+
+def _as_is(state: State) -> State:
+    return state
+
+
+def _to_host(state: State) -> State:
+    return jax.tree.map(
+        lambda x: jax.device_put(x, x.sharding.with_memory_kind("pinned_host")), state
+    )
+
+
+def _to_device(state: State) -> State:
+    def move(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.sharding.memory_kind != "pinned_host":
+            return x
+        kind = next(iter(x.sharding.addressable_devices)).default_memory().kind
+        return jax.device_put(x, x.sharding.with_memory_kind(kind))
+
+    return jax.tree.map(move, state)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _mean_cotangent(total: PyTree, count: int) -> PyTree:
+    return jax.tree.map(lambda x: x / count, total)
+
+
+def _warn_of_zeros(scores: jax.Array) -> None:
+    if not scores.any():
+        warnings.warn(
+            "every score is exactly zero: the update of this optimizer has derivative zero (the "
+            "sign function of Lion) or no window reaches the outer metric; measure with a smooth "
+            "optimizer such as optax.adamw at the same parameters.",
+            RuntimeWarning,
+            stacklevel=3,
         )
-        products, slopes = _second_order(program, tape.params, batch, w, cotangent)
-        lam = jax.tree.map(jnp.add, lam, products)
-        total = jax.tree.map(jnp.add, total, cotangent)
-        return (lam, mu, total, masked), -slopes / size
-
-    def back(carry, inputs):
-        (anchor, kept), (batches, weights) = inputs
-        if program.tape == "state":
-            tape: Tape = kept
-        else:
-            tape = forward(anchor, batches, weights, gradients=kept, record=lambda t: t)[2]
-        return jax.lax.scan(step, carry, (tape, batches, weights), reverse=True)
-
-    if whole < steps:
-        carry, tail_scores = back(carry, (tail_tape, tail))
-    carry, scores = jax.lax.scan(back, carry, (head_tape, head), reverse=True)
-    scores = scores.reshape(whole, *scores.shape[2:])
-    if whole < steps:
-        scores = jnp.concatenate([scores, tail_scores])
-    if program.stacked:
-        scores = jnp.moveaxis(scores, 1, 0)
-    _, _, total, masked = carry
-    probe = jax.tree.map(lambda x: x / (steps * size), total)
-    return phi, scores, probe, end, end_state, masked
 
 
-def _second_order(program: _Program, params, batch, weights, cotangent):
-    """Hessian of the weighted loss times the cotangent, and each window's <grad loss, cotangent>.
-
-    Returns the product (like `cotangent`) and slopes `(B,)`, with a leading axis of targets where
-    there are several.
-    """
-    loss, size = program.loss, weights.shape[0]
-
-    def objective(p, x, w):
-        losses = loss(p, x)
-        return jnp.sum(w * losses) / size, losses
-
-    def forward_over_reverse(x, w, c):
-        def gradient(p):
-            (_, losses), g = jax.value_and_grad(objective, has_aux=True)(p, x, w)
-            return losses, g
-
-        _, (slopes, product) = jax.jvp(gradient, (params,), (c,))
-        return product, slopes
-
-    def reverse_over_reverse(x, w, c):
-        def inner(p, w):
-            g = jax.grad(lambda p: objective(p, x, w)[0])(p)
-            return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, g, c)))
-
-        product, slopes = jax.grad(inner, argnums=(0, 1))(params, w)
-        return product, slopes * size
-
-    modes = {
-        "forward_over_reverse": forward_over_reverse,
-        "reverse_over_reverse": reverse_over_reverse,
-    }
-    along = modes[program.differentiation]
-
-    def piece(x, w):
-        if program.stacked:
-            return jax.vmap(lambda c: along(x, w, c))(cotangent)
-        return along(x, w, cotangent)
-
-    if program.microbatch is None or program.microbatch >= size:
-        return piece(batch, weights)
-
-    def accumulate(total, inputs):
-        product, slopes = piece(*inputs)
-        return jax.tree.map(jnp.add, total, product), slopes
-
-    zeros = jax.tree.map(jnp.zeros_like, cotangent)
-    product, slopes = jax.lax.scan(accumulate, zeros, in_pieces(batch, weights, program.microbatch))
-    slopes = jnp.moveaxis(slopes, 0, -2)
-    return product, slopes.reshape(*slopes.shape[:-2], -1)[..., :size]
-
-
-def _choose_tape(params: PyTree, opt_state: PyTree, steps: int) -> str:
-    leaves = jax.tree.leaves((params, params, opt_state))
-    return "state" if steps * sum(x.nbytes for x in leaves) <= _STATE_TAPE_BYTES else "gradient"
-
-
-def _checked(params, batches, weights, outers, microbatch, tape, differentiation) -> jax.Array:
+def _checked(params, batches, weights, outers, microbatch, differentiation) -> jax.Array:
     """Validates the arguments of `metagradients`; returns the weights as an array."""
     if not outers:
         raise ConfigError("outer is an empty dict; pass at least one outer metric.")
-    if tape not in ("auto", "state", "gradient", "segments"):
-        raise ConfigError(f"tape={tape!r}; expected 'auto', 'state', 'gradient' or 'segments'.")
     if differentiation not in ("forward_over_reverse", "reverse_over_reverse"):
         raise ConfigError(
             f"differentiation={differentiation!r}; expected 'forward_over_reverse' or "
@@ -339,7 +341,7 @@ def _checked(params, batches, weights, outers, microbatch, tape, differentiation
             "every array: one batch of B windows for each of T steps."
         )
     if weights is None:
-        dtype = jnp.result_type(*jax.tree.leaves(params))
+        dtype = jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32)
         return jnp.ones(lead, dtype)
     weights = jnp.asarray(weights)
     if weights.shape != lead or not is_float(weights):
@@ -348,25 +350,3 @@ def _checked(params, batches, weights, outers, microbatch, tape, differentiation
             f"{list(lead)} like the batches."
         )
     return weights
-
-
-def _check_finite(phi: np.ndarray, scores: np.ndarray, probe: PyTree) -> None:
-    if not np.isfinite(phi).all():
-        raise NonFiniteMetagradient(
-            f"the outer metric is {phi} at the end of the trajectory; the inner loop diverged: "
-            "lower its learning rate or check the batches."
-        )
-    bad = np.argwhere(~np.isfinite(scores))
-    if len(bad):
-        step, window = (int(i) for i in bad[-1][-2:])
-        raise NonFiniteMetagradient(
-            f"{len(bad)} of {scores.size} scores are not finite, the last at step {step}, window "
-            f"{window}; look at that batch (a gradient of exactly zero has no derivative under "
-            "clipping by norm), or add eps_root to the optimizer."
-        )
-    for path, leaf in jax.tree.leaves_with_path(probe):
-        if not np.isfinite(np.asarray(leaf)).all():
-            raise NonFiniteMetagradient(
-                f"the probe is not finite in params{jax.tree_util.keystr(path)} although the "
-                "scores are; add eps_root to the optimizer."
-            )

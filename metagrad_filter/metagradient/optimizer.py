@@ -1,14 +1,18 @@
 """One optimizer update and its derivative, for any optax transformation.
 
 An update maps `(params, moments, gradient)` to `(params, moments)`. Its vector-Jacobian product is
-taken by jax, so chains, clipping, schedules and masks need no rule of their own. Two things are
-handled here because plain autodiff gets them wrong:
+taken by jax, so chains, clipping, schedules, masks and accumulation need no rule of their own. What
+plain autodiff gets wrong, or cannot know, is handled here:
 
-* Integer state (step counts) has no derivative and is carried along.
-* Where a second moment is exactly zero (an embedding row that no batch has touched) the square
-  root in Adam has an infinite slope, autodiff computes `inf * 0`, and the NaN spreads through
-  gradient clipping into every coordinate. Such a coordinate takes cotangent zero instead. In-batch
-  metagradients do not change by this, for the coordinate received no gradient.
+* Integer state (step counts) has no derivative and is carried along. Sign functions (Lion) have
+  derivative zero, and rounding to a narrower dtype has derivative one.
+* Where a second moment vanishes (an embedding row that no batch has touched) the root in Adam has
+  an infinite slope, autodiff computes `inf * 0`, and the NaN spreads through gradient clipping into
+  every coordinate. Such a coordinate takes cotangent zero instead. In-batch metagradients do not
+  change by this, for the coordinate received no gradient.
+* Narrow parameters and moments (bfloat16) are widened before they are differentiated, so that
+  cotangents are float32. A moment that the optimizer itself stores narrow (`mu_dtype`) rounds its
+  cotangent once a step.
 """
 
 from __future__ import annotations
@@ -26,6 +30,10 @@ from metagrad_filter.types import PyTree
 
 Leaves = list[jax.Array]
 
+_VANISHED = 1e-25  # below this the slope of an inverse root, v ** -1.5, leaves float32
+_HARMLESS = 1e-20  # stands in for a vanished moment: finite slopes, no weight in a mean of moments
+_PROBED_ROWS = 128  # dimensions up to which optax.adafactor decides whether to factor a moment
+
 
 def apply_update(
     optimizer: optax.GradientTransformation, params: PyTree, opt_state: PyTree, gradient: PyTree
@@ -37,6 +45,15 @@ def apply_update(
 
 def is_float(leaf: Any) -> bool:
     return jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating)
+
+
+def widened(tree: PyTree) -> PyTree:
+    """Floating-point leaves in float32 or wider; other leaves as they are."""
+
+    def widen(x: Any) -> Any:
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if is_float(x) else x
+
+    return jax.tree.map(widen, tree)
 
 
 def split_floats(opt_state: PyTree) -> tuple[Leaves, Callable[[Leaves], PyTree]]:
@@ -112,21 +129,41 @@ def singular_moments(
                 f"opt_state{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, but "
                 f"optimizer.init(params) has {like.shape}; pass the state of these parameters."
             )
-    gradient = jax.tree.map(_ones_but_first, params)
-    slopes = _slopes_at_zero(optimizer, params, optimizer.init(params), gradient)
+    slopes = _slopes_at_zero(optimizer, *_sample(optimizer, params, expected))
     # A scalar without an owner is no moment but an injected hyperparameter, such as eps_root = 0.
     known = zip(owners(params, opt_state), split_floats(opt_state)[0])
     moments = [owner >= 0 or jnp.ndim(leaf) > 0 for owner, leaf in known]
     return tuple(bool(slope) and moment for slope, moment in zip(slopes, moments))
 
 
-def _ones_but_first(param: jax.Array) -> jax.Array:
-    return jnp.ones_like(param).ravel().at[0].set(0).reshape(jnp.shape(param))
+def _sample(optimizer, params: PyTree, structure: Any) -> tuple[PyTree, PyTree]:
+    """Small parameters that the optimizer treats as it treats `params`, and a gradient with zeros.
+
+    The gradient is zero in the first row, column, ... of every parameter, as it is for a token that
+    no batch holds.
+    """
+
+    def corner(param: Any) -> jax.Array:
+        shape = tuple(min(size, _PROBED_ROWS) for size in jnp.shape(param))
+        return jnp.ones(shape, jnp.promote_types(jnp.asarray(param).dtype, jnp.float32))
+
+    def zero_edges(param: jax.Array) -> jax.Array:
+        if param.size == 1:
+            return jnp.zeros_like(param)
+        inner = [jnp.arange(size) > 0 if size > 1 else jnp.ones(1, bool) for size in param.shape]
+        return functools.reduce(
+            lambda keep, axis: keep[..., None] & axis, inner, jnp.ones((), bool)
+        ).astype(param.dtype)
+
+    small = jax.tree.map(corner, params)
+    if jax.tree.structure(jax.eval_shape(optimizer.init, small)) != structure:
+        small = widened(params)  # the optimizer looks at sizes: take the real ones
+    return small, jax.tree.map(zero_edges, small)
 
 
 @functools.partial(jax.jit, static_argnames="optimizer")
-def _slopes_at_zero(optimizer, params, cold, gradient) -> list[jax.Array]:
-    floats, join = split_floats(cold)
+def _slopes_at_zero(optimizer, params, gradient) -> list[jax.Array]:
+    floats, join = split_floats(optimizer.init(params))
     new, pull_back = jax.vjp(
         lambda f: apply_update(optimizer, params, join(f), gradient)[0], floats
     )
@@ -149,14 +186,15 @@ def pull_back_update(
     Args:
       optimizer: the transformation that made the step.
       params, opt_state, gradient: the point at which the step was made.
-      cotangents: of the new parameters, and of the new float leaves of the state; with a leading
-        axis of targets if `stacked`.
+      cotangents: of the new parameters, and of the new float leaves of the state, in float32 or
+        wider; with a leading axis of targets if `stacked`.
       singular: `singular_moments` of the optimizer.
       stacked: whether the cotangents carry a leading axis.
 
     Returns:
-      Cotangents of the parameters, of the float leaves and of the gradient, and the number of
-      coordinates (int32) whose gradient took cotangent zero because their second moment is zero.
+      Cotangents of the parameters, of the float leaves and of the gradient, in float32 or wider,
+      and the number of coordinates (int32) whose gradient took cotangent zero because their second
+      moment has vanished.
     """
     floats, join = split_floats(opt_state)
 
@@ -164,23 +202,32 @@ def pull_back_update(
         new_params, new_state = apply_update(optimizer, p, join(f), g)
         return new_params, split_floats(new_state)[0]
 
+    params, gradient = widened(params), widened(gradient)
+    floats = _widened_floats(update, params, floats, gradient)
     leaves, treedef = jax.tree.flatten(gradient)
     untouched = [jnp.zeros(jnp.shape(g), bool) for g in leaves]
     dead = [jnp.zeros(jnp.shape(f), bool) for f in floats]
     if any(singular):
         _, after = update(params, floats, gradient)
-        for i, owner in enumerate(owners(params, opt_state)):
+        # An accumulating optimizer leaves its moments alone between steps, and takes no root then.
+        took_root = functools.reduce(
+            jnp.logical_or,
+            [(a != f).any() for a, f, s in zip(after, floats, singular) if s],
+        )
+        for i, axes in enumerate(_owned_axes(params, opt_state)):
             if singular[i]:
-                dead[i] = (floats[i] == 0) & (after[i] == 0)
-                floats[i] = jnp.where(dead[i], jnp.ones_like(floats[i]), floats[i])
-                if owner >= 0:
-                    untouched[owner] = untouched[owner] | dead[i]
+                dead[i] = (floats[i] <= _VANISHED) & (after[i] <= _VANISHED)
+                floats[i] = jnp.where(dead[i], jnp.asarray(_HARMLESS, floats[i].dtype), floats[i])
+                if axes is not None:
+                    owner, missing = axes
+                    untouched[owner] |= jnp.expand_dims(dead[i], missing) & took_root
 
-    _, pull_back = jax.vjp(update, params, floats, gradient)
+    new, pull_back = jax.vjp(update, params, floats, gradient)
 
     def mask(cotangents: tuple[PyTree, Leaves]) -> tuple[PyTree, Leaves, PyTree]:
-        of_params, of_floats, of_gradient = pull_back(cotangents)
-        of_floats = [jnp.where(d, 0, c) for d, c in zip(dead, of_floats)]
+        narrowed = jax.tree.map(lambda c, x: c.astype(x.dtype), cotangents, new)
+        of_params, of_floats, of_gradient = pull_back(narrowed)
+        of_floats = [jnp.where(d, 0, c) for d, c in zip(dead, widened(of_floats))]
         of_leaves = [
             jnp.where(u, 0, c) for u, c in zip(untouched, treedef.flatten_up_to(of_gradient))
         ]
@@ -189,6 +236,40 @@ def pull_back_update(
     pulled = jax.vmap(mask)(cotangents) if stacked else mask(cotangents)
     count = sum((jnp.sum(u, dtype=jnp.int32) for u in untouched), jnp.int32(0))
     return *pulled, count
+
+
+def _widened_floats(update, params: PyTree, floats: Leaves, gradient: PyTree) -> Leaves:
+    """Widens the float leaves of a state, except those that the optimizer itself stores narrow."""
+    wide = widened(floats)
+    try:
+        _, after = jax.eval_shape(update, params, wide, gradient)
+    except TypeError:
+        # Both branches of an accumulating optimizer must agree in dtype with the stored moments.
+        return floats
+    return [w if a.dtype == w.dtype else f for f, w, a in zip(floats, wide, after)]
+
+
+def _owned_axes(params: PyTree, opt_state: PyTree) -> list[tuple[int, tuple[int, ...]] | None]:
+    """For each float leaf of the state: its parameter and the axes it lacks of it, or None.
+
+    Adafactor keeps the means of the squared gradient over one axis, `v_row` over the last of the
+    two largest axes and `v_col` over the other (optax.scale_by_factored_rms).
+    """
+    named = list(jax.tree.leaves_with_path(params))
+    found: list[tuple[int, tuple[int, ...]] | None] = []
+    moments = [
+        (path, jnp.shape(x)) for path, x in jax.tree.leaves_with_path(opt_state) if is_float(x)
+    ]
+    for owner, (path, shape) in zip(owners(params, opt_state), moments):
+        match = (owner, ()) if owner >= 0 else None
+        for i, (name, param) in enumerate(named):
+            whole = jnp.shape(param)
+            lacking = [a for a in range(len(whole)) if whole[:a] + whole[a + 1 :] == shape]
+            if match is None and lacking and path[len(path) - len(name) :] == name:
+                rows = "v_row" in jax.tree_util.keystr(path)
+                match = (i, (lacking[-1] if rows else lacking[0],))
+        found.append(match)
+    return found
 
 
 def warm_state(

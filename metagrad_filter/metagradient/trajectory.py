@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import optax
 
 from metagrad_filter.errors import ConfigError
-from metagrad_filter.metagradient.optimizer import apply_update
+from metagrad_filter.metagradient.optimizer import apply_update, widened
 from metagrad_filter.types import Loss, PyTree
 
 
-class Tape(NamedTuple):
-    """What one step leaves behind for the backward sweep; stacked over steps."""
+class Step(NamedTuple):
+    """One optimizer step, as it is seen by what `run` records."""
 
     params: PyTree  # before the step
     opt_state: PyTree  # before the step
@@ -28,20 +28,28 @@ class Tape(NamedTuple):
 
 
 def in_pieces(batch: PyTree, weights: jax.Array, microbatch: int | None):
-    """Cuts `(B, ...)` arrays into `(pieces, microbatch, ...)`; the last piece is padded.
+    """Cuts `(B, ...)` arrays into `(pieces, microbatch, ...)`, padded with windows of weight zero.
 
-    Padding repeats the first windows with weight zero, so sums do not change.
+    Piece j takes windows j, j + pieces, j + 2 pieces, ...: where the batch lies on several devices,
+    every piece does too.
     """
     size = weights.shape[0]
     step = size if microbatch is None else min(microbatch, size)
-    padding = -size % step
+    pieces = -(-size // step)
+    padding = pieces * step - size
 
     def cut(x: jax.Array) -> jax.Array:
         padded = jnp.concatenate([x, x[:padding]]) if padding else x
-        return padded.reshape(-1, step, *x.shape[1:])
+        return jnp.swapaxes(padded.reshape(step, pieces, *x.shape[1:]), 0, 1)
 
     padded = jnp.concatenate([weights, jnp.zeros(padding, weights.dtype)]) if padding else weights
-    return jax.tree.map(cut, batch), padded.reshape(-1, step)
+    return jax.tree.map(cut, batch), jnp.swapaxes(padded.reshape(step, pieces), 0, 1)
+
+
+def from_pieces(values: jax.Array, size: int) -> jax.Array:
+    """Undoes `in_pieces` for values `(pieces, ..., microbatch)`: returns `(..., size)`."""
+    values = jnp.moveaxis(values, 0, -1)
+    return values.reshape(*values.shape[:-2], -1)[..., :size]
 
 
 def window_losses(loss: Loss, params: PyTree, batch: PyTree, count: int) -> jax.Array:
@@ -59,7 +67,10 @@ def window_losses(loss: Loss, params: PyTree, batch: PyTree, count: int) -> jax.
 def weighted_gradient(
     loss: Loss, params: PyTree, batch: PyTree, weights: jax.Array, microbatch: int | None
 ) -> PyTree:
-    """Gradient of `sum_i w_i loss_i / B` with at most `microbatch` windows at a time."""
+    """Gradient of `sum_i w_i loss_i / B` with at most `microbatch` windows at a time.
+
+    Pieces are summed in float32 or wider, whatever the dtype of the parameters.
+    """
     size = weights.shape[0]
 
     def objective(p: PyTree, x: PyTree, w: jax.Array) -> jax.Array:
@@ -72,8 +83,9 @@ def weighted_gradient(
     def accumulate(total, piece):
         return jax.tree.map(jnp.add, total, gradient(params, *piece)), None
 
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    return jax.lax.scan(accumulate, zeros, in_pieces(batch, weights, microbatch))[0]
+    zeros = jax.tree.map(jnp.zeros_like, widened(params))
+    total, _ = jax.lax.scan(accumulate, zeros, in_pieces(batch, weights, microbatch))
+    return jax.tree.map(lambda g, p: g.astype(p.dtype), total, params)
 
 
 def run(
@@ -85,31 +97,50 @@ def run(
     weights: jax.Array,
     *,
     microbatch: int | None = None,
-    gradients: PyTree | None = None,
-    record: Callable[[Tape], Any] | None = None,
+    active: jax.Array | None = None,
+    record: Callable[[Step], Any] | None = None,
 ) -> tuple[PyTree, PyTree, Any]:
     """Runs the steps of `batches`.
 
     Args:
       batches: pytree of arrays with leading axes `(T, B, ...)`.
       weights: `(T, B)` loss weights.
-      gradients: recorded gradients stacked over steps; given, the steps are replayed without any
-        evaluation of the model.
-      record: what each step leaves behind, as a function of its `Tape`; None keeps nothing.
+      microbatch: windows per gradient evaluation.
+      active: `(T,)` bool, steps that are taken; the others cost nothing. None takes all.
+      record: what each step leaves behind, as a function of its `Step`; None keeps nothing. A step
+        that is not taken leaves zeros.
 
     Returns:
       Parameters and state after the last step, and the records stacked over steps.
     """
 
-    def step(carry, inputs):
-        params, opt_state = carry
-        batch, w, gradient = inputs
-        if gradients is None:
-            gradient = weighted_gradient(loss, params, batch, w, microbatch)
-        kept = None if record is None else record(Tape(params, opt_state, gradient))
+    def step(state, inputs):
+        params, opt_state = state
+        gradient = weighted_gradient(loss, params, *inputs, microbatch)
+        kept = None if record is None else record(Step(params, opt_state, gradient))
         return apply_update(optimizer, params, opt_state, gradient), kept
 
-    (params, opt_state), kept = jax.lax.scan(
-        step, (params, opt_state), (batches, weights, gradients)
+    state, kept = jax.lax.scan(
+        skipping(step, active is not None),
+        (params, opt_state),
+        (batches, weights) if active is None else (active, (batches, weights)),
     )
-    return params, opt_state, kept
+    return *state, kept
+
+
+def skipping(step: Callable[..., Any], skips: bool) -> Callable[..., Any]:
+    """A scan body over `(active, inputs)` that leaves the carry alone where `active` is false."""
+    if not skips:
+        return step
+
+    def guarded(carry, inputs):
+        active, inputs = inputs
+        kept = jax.eval_shape(step, carry, inputs)[1]
+
+        def skip(carry, inputs):
+            del inputs
+            return carry, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kept)
+
+        return jax.lax.cond(active, step, skip, carry, inputs)
+
+    return guarded
