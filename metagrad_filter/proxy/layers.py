@@ -1,0 +1,95 @@
+"""What the decoder families share: checks of their fields, precision, and the walk over blocks.
+
+Answers "in which dtype does a decoder compute, and what does it keep for the backward pass?". Pure
+functions; nothing here holds parameters. Read next: `decoder` (GPT-2) or `llama`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from metagrad_filter.errors import ConfigError
+
+COMPUTE_DTYPES = ("float32", "bfloat16")
+
+
+def check_sizes(config: Any, *names: str) -> None:
+    """Raises `ConfigError` unless each named field is a positive integer."""
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name}={value!r}; expected a positive integer.")
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raises `ConfigError` unless each named field is a finite number above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not 0 < value < math.inf
+        ):
+            raise ConfigError(f"{name}={value!r}; expected a positive number.")
+
+
+def check_choice(config: Any, name: str, choices: Iterable[str]) -> None:
+    """Raises `ConfigError` unless the named field is one of `choices`."""
+    value = getattr(config, name)
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r}; expected one of {sorted(choices)}.")
+
+
+def check_flags(config: Any, *names: str) -> None:
+    """Raises `ConfigError` unless each named field is a bool."""
+    for name in names:
+        if not isinstance(getattr(config, name), bool):
+            raise ConfigError(f"{name}={getattr(config, name)!r}; expected True or False.")
+
+
+def layer_dtype(dtype: str) -> Any:
+    """The `dtype` of flax layers: None lets operands promote, so float64 parameters stay exact."""
+    return jnp.bfloat16 if dtype == "bfloat16" else None
+
+
+def enter(x: jax.Array, dtype: str) -> jax.Array:
+    """Embedded tokens in the compute dtype: bfloat16, or float32 and wider."""
+    if dtype == "bfloat16":
+        return x.astype(jnp.bfloat16)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Softmax attention of each position to itself and what came before, scaled by `d ** -0.5`.
+
+    Args:
+      query: `(B, S, H, d)`.
+      key: `(B, S, K, d)`; each of the K heads serves `H / K` consecutive query heads.
+      value: `(B, S, K, d)`.
+
+    Returns:
+      `(B, S, H, d)` in the dtype of `value`; the softmax is taken in float32 or wider.
+    """
+    return jax.nn.dot_product_attention(query, key, value, is_causal=True)
+
+
+def walk(blocks: Iterable[nnx.Module], x: jax.Array, *rest: jax.Array, remat: bool) -> jax.Array:
+    """Passes `x` through the blocks; with `remat` the backward pass keeps block inputs only.
+
+    Memory of activations falls from all blocks' to one block's and one `(B, S, D)` array per
+    block; each block's forward pass is computed a second time.
+    """
+    step = nnx.remat(_call) if remat else _call
+    for block in blocks:
+        x = step(block, x, *rest)
+    return x
+
+
+def _call(block: Any, x: jax.Array, *rest: jax.Array) -> jax.Array:
+    return block(x, *rest)
