@@ -1,12 +1,15 @@
 # make demo   set everything up and run the whole job on real text (under ten minutes, two cores)
 # make test   set everything up and pass the tests
+# make test-adapters   the tests that compare with other frameworks (installs torch)
 # make lint   format, lint and type checks
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Any release will do; where a build without CUDA is at hand, name that one.
+TORCH ?= torch==2.13.0
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernels/*/*.cpp)
 
-.PHONY: demo quick test test-slow lint format bench clean
+.PHONY: demo quick test test-slow test-adapters lint format bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/metagrad-filter demo
@@ -20,6 +23,9 @@ test: $(VENV)/.test
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
 
+test-adapters: $(VENV)/.adapters
+	$(BIN)/python -m pytest tests/adapters
+
 lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -29,9 +35,13 @@ format: $(VENV)/.lint
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Regenerates the committed record behind the README's table, and the table.
+# Regenerates the committed records behind the README's tables, and the tables.
 bench: $(VENV)/.demo
 	$(BIN)/python -m bench.demo
+	$(BIN)/python -m bench.metagradients
+	$(BIN)/python -m bench.second_order
+	$(BIN)/python -m bench.lds
+	$(BIN)/python -m bench.stability
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -44,6 +54,11 @@ $(VENV)/.demo: $(BIN)/python $(SOURCES)
 
 $(VENV)/.test: $(BIN)/python $(SOURCES)
 	$(BIN)/python -m pip install -q -e '.[demo,test]'
+	touch $@
+
+$(VENV)/.adapters: $(VENV)/.test
+	$(BIN)/python -m pip install -q '$(TORCH)'
+	$(BIN)/python -m pip install -q -e '.[demo,test,adapters]'
 	touch $@
 
 $(VENV)/.lint: $(BIN)/python $(SOURCES)

@@ -10,13 +10,11 @@ import json
 import os
 import shutil
 import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-RECORD = ROOT / "bench" / "records" / "demo.json"
-README = ROOT / "README.md"
-_BEGIN, _END = "<!-- demo-table -->", "<!-- /demo-table -->"
+from bench.readme import README, RECORDS, ROOT, replaced
+
+RECORD = RECORDS / "demo.json"
 
 
 def facts(record: dict[str, Any]) -> str:
@@ -40,9 +38,7 @@ def with_table(readme: str, record: dict[str, Any]) -> str:
     """The README with the table and its facts replaced by those of the record."""
     from metagrad_filter.demo.report import markdown_table
 
-    before, rest = readme.split(_BEGIN)
-    _, after = rest.split(_END)
-    return f"{before}{_BEGIN}\n{markdown_table(record).strip()}\n\n{facts(record)}\n{_END}{after}"
+    return replaced(readme, "demo-table", f"{markdown_table(record).strip()}\n\n{facts(record)}")
 
 
 def main(arguments: list[str]) -> None:

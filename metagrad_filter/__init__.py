@@ -21,9 +21,14 @@ _EXPORTS = {
     "metagradients": "metagrad_filter.metagradient",
     "probe_scores": "metagrad_filter.metagradient",
     "check_metagradients": "metagrad_filter.metagradient",
+    "linear_datamodeling_score": "metagrad_filter.metagradient",
+    "split_half_reliability": "metagrad_filter.metagradient",
+    "tilt_check": "metagrad_filter.metagradient",
     "fit_scorer": "metagrad_filter.scorer.fit",
     "CalibrationConfig": "metagrad_filter.calibration.config",
     "Calibrator": "metagrad_filter.calibration.calibrator",
+    "Checkpoints": "metagrad_filter.calibration.checkpoint",
+    "warm_moments": "metagrad_filter.calibration.warm",
     "Proxy": "metagrad_filter.proxy",
     "HeldOutLoss": "metagrad_filter.targets",
     # Errors.
@@ -35,6 +40,7 @@ _EXPORTS = {
     "PublishFailed": "metagrad_filter.errors",
     "StateMismatch": "metagrad_filter.errors",
     "NonFiniteMetagradient": "metagrad_filter.errors",
+    "TrajectoryDiverged": "metagrad_filter.errors",
     "CalibrationFailed": "metagrad_filter.errors",
 }
 _MODULES = ("adapters", "errors", "kernels")
@@ -48,6 +54,7 @@ if TYPE_CHECKING:
     from metagrad_filter.errors import PublishFailed as PublishFailed
     from metagrad_filter.errors import ScorerRejected as ScorerRejected
     from metagrad_filter.errors import StateMismatch as StateMismatch
+    from metagrad_filter.errors import TrajectoryDiverged as TrajectoryDiverged
     from metagrad_filter.errors import WindowError as WindowError
     from metagrad_filter.ledger import Ledger as Ledger
     from metagrad_filter.registry import Registry as Registry

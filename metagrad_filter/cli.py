@@ -2,7 +2,8 @@
 
 Every subcommand is a frozen dataclass: its fields are the flags and its docstring is the help. Bad
 input ends with one clear line on standard error and exit code 2 (1 for anything that failed while
-it ran); `--json` prints one JSON document on standard output and nothing else.
+it ran, a check that did not pass included); `--json` prints one JSON document on standard output
+and nothing else.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -26,6 +28,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from metagrad_filter.errors import ConfigError, MetagradFilterError
 
@@ -99,6 +102,88 @@ class Inspect:
         return found
 
 
+@dataclass(frozen=True)
+class Doctor:
+    """Check the installation and, with --metagradients, that metagradients are right.
+
+    Prints versions, devices, memory and whether the native scorer runs. The checks of metagradients
+    (adjoint against autodiff, finite differences, metasmoothness, split-half reliability, linear
+    datamodeling score) take about a minute on the built-in decoder. Exit code 1 if one fails, with
+    a line for each on standard error.
+    """
+
+    metagradients: bool = False
+    """Also check metagradients on the built-in decoder, or on --setup."""
+    setup: str | None = None
+    """Your own model: package.module:function, a function without arguments that returns the
+    Calibrator of your training. The checks run at its horizon, batch and learning rate; their cost
+    is about that of 50 + 2 x subsets trajectories. Implies --metagradients."""
+    subsets: int = 24
+    """Half-subsets that the linear datamodeling score retrains on, twice each."""
+    json: bool = False
+    """Print the findings as JSON instead of tables."""
+
+    def run(self, console: Console) -> dict[str, Any]:
+        from metagrad_filter.doctor import (
+            examine,
+            examine_small_world,
+            inspect_installation,
+            load_setup,
+        )
+
+        if self.subsets < 3:
+            raise ConfigError(f"subsets={self.subsets}; expected at least 3.")
+        own = load_setup(self.setup) if self.setup is not None else None
+        installation = inspect_installation()
+        console.print(_installation_table(installation))
+        rows = []
+        if self.metagradients or own is not None:
+            with _progress(console) as progress:
+                if own is None:
+                    rows = examine_small_world(subsets=self.subsets, progress=progress)
+                else:
+                    rows = examine(
+                        own.proxy,
+                        own.target,
+                        own.source,
+                        own.config,
+                        subsets=self.subsets,
+                        progress=progress,
+                    )
+            console.print(_examination_table(rows))
+        failed = [*installation["problems"], *(str(row) for row in rows if not row.passed)]
+        for line in failed:
+            _fail(line, 1)
+        return {
+            "installation": installation,
+            "checks": [row.to_json() for row in rows],
+            "passed": not failed,
+        }
+
+
+def _installation_table(found: dict[str, Any]) -> Table:
+    table = Table("installation", "", box=box.SIMPLE, pad_edge=False)
+    for name, number in found["versions"].items():
+        table.add_row(name, number or "missing")
+    table.add_row("devices", ", ".join(found["devices"]) or "none")
+    native = found["native_scorer"]
+    table.add_row("native scorer", "loaded" if native["loaded"] else f"no: {native['reason']}")
+    sizes = [f"{size / 2**30:.1f} GiB" for size in found["memory"].values() if size is not None]
+    table.add_row("memory, available", ", ".join(sizes) or "unknown")
+    return table
+
+
+def _examination_table(rows: list[Any]) -> Table:
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for heading in ("check", "value", "expected", "", "detail"):
+        table.add_column(heading, justify="right" if heading == "value" else "left")
+    for row in rows:
+        value = "-" if row.value is None else f"{row.value:.4g}"
+        verdict = Text("passed", "green") if row.passed else Text("failed", "red")
+        table.add_row(row.name, value, row.expected, verdict, Text(row.detail))
+    return table
+
+
 _VERSION_FIELDS = (
     "version",
     "round",
@@ -112,6 +197,7 @@ _VERSION_FIELDS = (
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )
 
 
@@ -134,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail("interrupted; what was written so far is complete and can be read.", 130)
     if command.json:
         print(json.dumps(results))
-    return 0
+    return 0 if results.get("passed", True) else 1
 
 
 def _fail(error: Exception | str, code: int) -> int:

@@ -8,6 +8,7 @@
     ├── PublishFailed         (RuntimeError) a version could not be written; earlier ones are intact
     ├── StateMismatch         (ValueError)   a checkpoint belongs to another filter; names the field
     ├── NonFiniteMetagradient (ArithmeticError) a trajectory or its adjoint left the finite numbers
+    ├── TrajectoryDiverged    (ArithmeticError) the outer metric rose far above where it started
     └── CalibrationFailed     (RuntimeError) a calibration round or its worker ended early
 
 Each message says what was seen, what was expected and what to do.
@@ -78,6 +79,27 @@ class NonFiniteMetagradient(MetagradFilterError, ArithmeticError):
 
 def _non_finite(message: str, step: int | None, windows: tuple[int, ...]) -> NonFiniteMetagradient:
     return NonFiniteMetagradient(message, step=step, windows=windows)
+
+
+class TrajectoryDiverged(MetagradFilterError, ArithmeticError):
+    """A trajectory stayed finite but ended far worse than it started; its scores mean nothing.
+
+    Attributes:
+      step: inner step after which the loss jumped.
+      windows: positions in that step's batch of its windows, those with the highest loss first.
+    """
+
+    def __init__(self, message: str, *, step: int, windows: tuple[int, ...]):
+        super().__init__(message)
+        self.step = step
+        self.windows = windows
+
+    def __reduce__(self):
+        return _diverged, (self.args[0], self.step, self.windows)
+
+
+def _diverged(message: str, step: int, windows: tuple[int, ...]) -> TrajectoryDiverged:
+    return TrajectoryDiverged(message, step=step, windows=windows)
 
 
 class CalibrationFailed(MetagradFilterError, RuntimeError):

@@ -252,13 +252,29 @@ def test_a_round_that_is_not_finite_stores_a_reason_and_no_label(after_one_round
     proxy = bigram_proxy()
     broken = proxy.at({"table": proxy.params["table"].at[3, 4].set(jnp.nan)}, proxy.opt_state)
     report = make_calibrator(after_one_round, proxy=broken).round()
-    assert report.version is None and report.reason.startswith("non-finite: the outer metric")
-    assert rejected(after_one_round)[0]["reason"] == "non_finite"
+    assert report.version is None and report.reason.startswith("non-finite: trajectory 0: the loss")
+    # The windows are named by their place in the source: those that hold token 3.
+    source = make_calibrator(after_one_round).source
+    named = source.take(np.array(report.windows))
+    assert len(named) and (named[:, :-1] == 3).any(axis=1).all()
+    record = rejected(after_one_round)[0]
+    assert (record["reason"], record["metadata"]["windows"]) == ("non_finite", report.windows)
     assert LabelStore(after_one_round).rounds() == [1]
     assert mgf.Registry(after_one_round).versions() == [1]
     # The next round takes the next number and works.
     report = make_calibrator(after_one_round).round()
     assert (report.round, report.version) == (3, 2)
+
+
+def test_a_trajectory_that_diverges_ends_the_round_and_names_windows(tmp_path):
+    proxy = bigram_proxy()
+    report = make_calibrator(tmp_path, proxy=replace(proxy, learning_rate=1e3)).round()
+    assert report.version is None and report.reason.startswith("diverged: trajectory 0: the outer")
+    assert "maximum_rise" in report.reason
+    assert report.windows and max(report.windows) < len(make_calibrator(tmp_path).source)
+    record = rejected(tmp_path)[0]
+    assert (record["reason"], record["metadata"]["windows"]) == ("diverged", report.windows)
+    assert LabelStore(tmp_path).rounds() == []
 
 
 @pytest.mark.parametrize(
@@ -338,9 +354,10 @@ def test_a_training_job_that_was_set_back_may_hand_over_a_step_again(tmp_path):
         calibrator.follow(step, {"table": proxy.params["table"] + step}, proxy.opt_state)
     # What was stored of the course given up is gone: 15 is now the newest.
     (session,) = (tmp_path / "live").iterdir()
-    found = latest_live(tmp_path, session.name, proxy.params, proxy.opt_state)
-    assert found is not None and found[0] == 15
-    np.testing.assert_array_equal(found[1]["table"], proxy.params["table"] + 15)
+    optimizer = FACTORY(proxy.learning_rate)
+    found = latest_live(tmp_path, session.name, proxy.params, optimizer)
+    assert found is not None and found.step == 15
+    np.testing.assert_array_equal(found.params["table"], proxy.params["table"] + 15)
     assert calibrator.round().live_step == 15
 
 

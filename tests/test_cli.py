@@ -7,6 +7,7 @@ from hotlane import make_scorer
 
 import metagrad_filter as mgf
 from metagrad_filter import cli
+from metagrad_filter.doctor import installation
 
 
 def test_help_names_every_command(capsys):
@@ -16,9 +17,10 @@ def test_help_names_every_command(capsys):
     shown = capsys.readouterr().out
     assert "demo" in shown
     assert "inspect" in shown
+    assert "doctor" in shown
 
 
-@pytest.mark.parametrize("command", ["demo", "inspect"])
+@pytest.mark.parametrize("command", ["demo", "inspect", "doctor"])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([command, "--help"])
@@ -71,3 +73,59 @@ def test_demo_never_removes_a_directory_it_did_not_make(tmp_path, capsys):
     assert cli.main(["demo", "--out", str(tmp_path), "--quick"]) == 1
     assert "not made by the demo" in capsys.readouterr().err
     assert precious.exists()
+
+
+def test_doctor_reports_the_installation(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert found["passed"] and found["checks"] == []
+    assert found["installation"]["versions"]["jax"]
+    assert "metagrad-filter:" not in shown.err
+
+
+def test_doctor_prints_tables_without_json(capsys):
+    assert cli.main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert "native scorer" in shown and "devices" in shown
+
+
+def test_doctor_with_a_missing_package_fails_with_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(installation, "_PACKAGES", ("no-such-package-here",))
+    assert cli.main(["doctor", "--json"]) == 1
+    shown = capsys.readouterr()
+    assert not json.loads(shown.out)["passed"]
+    lines = [line for line in shown.err.splitlines() if line.startswith("metagrad-filter:")]
+    assert lines == [
+        "metagrad-filter: no-such-package-here is not installed; reinstall metagrad-filter."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--setup", "nowhere"], "expected package.module:function"),
+        (["--setup", "json:dumps"], "json:dumps raised TypeError"),
+        (["--metagradients", "--subsets", "2"], "subsets=2"),
+    ],
+)
+def test_doctor_refuses_bad_input_with_one_line(arguments, message, capsys):
+    assert cli.main(["doctor", *arguments]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert len(shown.err.strip().splitlines()) == 1
+    assert message in shown.err
+
+
+def test_doctor_examines_the_users_own_model(capsys):
+    assert cli.main(["doctor", "--setup", "doctor_setups:sound", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["passed"] and len(found["checks"]) == 6
+    assert {*found["checks"][0]} == {"name", "value", "expected", "passed", "detail"}
+
+
+def test_doctor_names_what_fails_in_the_users_own_model(capsys):
+    assert cli.main(["doctor", "--setup", "doctor_setups:diverging"]) == 1
+    shown = capsys.readouterr()
+    lines = [line for line in shown.err.splitlines() if line.startswith("metagrad-filter:")]
+    assert lines and "failed" in shown.out

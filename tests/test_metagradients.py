@@ -1,8 +1,6 @@
 """The adjoint against `jax.grad` through a loop that knows nothing of it, and against retraining.
 
-The reference is a plain `lax.scan` over optax, differentiated by jax as a whole. Besides the
-weights it differentiates a perturbation added to each step's gradient; the derivative by that
-perturbation is the cotangent whose mean is the probe.
+`test_conformance.py` has the table of optimizers, tapes, microbatches and modes.
 """
 
 import contextlib
@@ -14,14 +12,27 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from inner_loop import (
+    BATCH,
+    WARM_STEPS,
+    WIDTH,
+    mlp_batches,
+    mlp_loss,
+    mlp_outer,
+    mlp_params,
+    other_outer,
+    reference,
+    relative_error,
+    start,
+    uneven_weights,
+    warmed,
+)
 
 import metagrad_filter as mgf
 from metagrad_filter.errors import ConfigError, NonFiniteMetagradient, WindowError
 from metagrad_filter.metagradient.optimizer import owners, singular_moments, warm_state
 from metagrad_filter.metagradient.probe import probe_scores
 from metagrad_filter.proxy import DecoderConfig, DecoderLoss, init_decoder
-
-WIDTH, HIDDEN, BATCH = 4, 5, 6
 
 OPTIMIZERS = {
     "adamw": optax.adamw(optax.cosine_decay_schedule(0.02, 60), weight_decay=0.1),
@@ -30,107 +41,8 @@ OPTIMIZERS = {
         optax.clip_by_global_norm(0.05), optax.adamw(0.02, weight_decay=0.01)
     ),
 }
-WARM_STEPS = 6
 
-
-def mlp_loss(params, batch):
-    hidden = jnp.tanh(batch["x"] @ params["kernel"])
-    return (hidden @ params["output"] - batch["y"]) ** 2
-
-
-def mlp_outer(params):
-    x = jnp.linspace(-1.0, 1.0, 3 * WIDTH, dtype=params["kernel"].dtype).reshape(3, WIDTH)
-    return jnp.mean(mlp_loss(params, {"x": x, "y": jnp.cos(x.sum(axis=1))}))
-
-
-def other_outer(params):
-    return sum(jnp.sum(p**2) for p in jax.tree.leaves(params))
-
-
-def mlp_params():
-    rng = np.random.default_rng(0)
-    shapes = {"kernel": (WIDTH, HIDDEN), "output": (HIDDEN,)}
-    return {name: jnp.asarray(rng.normal(size=shape) / 2) for name, shape in shapes.items()}
-
-
-def mlp_batches(steps, size=BATCH, seed=1):
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(steps, size, WIDTH))
-    y = np.sin(x[..., 0]) + rng.normal(size=(steps, size)) / 5
-    return {"x": jnp.asarray(x), "y": jnp.asarray(y)}
-
-
-def uneven_weights(steps, size=BATCH):
-    weights = np.random.default_rng(2).uniform(0.2, 2.0, (steps, size))
-    weights[0, 0] = 0.0
-    return jnp.asarray(weights)
-
-
-@functools.partial(jax.jit, static_argnames=("loss", "outer", "optimizer"))
-def train(params, state, batches, weights, nudges, *, loss, outer, optimizer):
-    """Phi after training; `nudges` is added to the gradient of each step."""
-
-    def step(carry, inputs):
-        params, state = carry
-        batch, w, nudge = inputs
-        gradient = jax.grad(lambda p: jnp.sum(w * loss(p, batch)) / w.shape[0])(params)
-        gradient = jax.tree.map(jnp.add, gradient, nudge)
-        updates, state = optimizer.update(gradient, state, params)
-        return (optax.apply_updates(params, updates), state), None
-
-    (end, state), _ = jax.lax.scan(step, (params, state), (batches, weights, nudges))
-    return outer(end), (end, state)
-
-
-_differentiate = jax.jit(
-    jax.value_and_grad(train, argnums=(3, 4), has_aux=True),
-    static_argnames=("loss", "outer", "optimizer"),
-)
-
-
-def reference(loss, outer, params, state, batches, *, optimizer, weights=None):
-    """`(phi, scores, probe)` by autodiff through the whole loop."""
-    steps, size = jax.tree.leaves(batches)[0].shape[:2]
-    weights = jnp.ones((steps, size)) if weights is None else weights
-    nudges = jax.tree.map(lambda p: jnp.zeros((steps, *p.shape), p.dtype), params)
-    (phi, _), (slopes, cotangents) = _differentiate(
-        params, state, batches, weights, nudges, loss=loss, outer=outer, optimizer=optimizer
-    )
-    probe = jax.tree.map(lambda c: np.asarray(c).mean(axis=0) / size, cotangents)
-    return float(phi), -np.asarray(slopes), probe
-
-
-def warmed(optimizer, params, loss=mlp_loss, batches=None):
-    """Parameters and moments after a few steps."""
-    batches = mlp_batches(WARM_STEPS, seed=9) if batches is None else batches
-    steps, size = jax.tree.leaves(batches)[0].shape[:2]
-    nudges = jax.tree.map(lambda p: jnp.zeros((steps, *p.shape), p.dtype), params)
-    _, (params, state) = train(
-        params,
-        optimizer.init(params),
-        batches,
-        jnp.ones((steps, size)),
-        nudges,
-        loss=loss,
-        outer=other_outer,
-        optimizer=optimizer,
-    )
-    return params, state
-
-
-def start(optimizer, moments) -> tuple[Any, Any]:
-    params = mlp_params()
-    return warmed(optimizer, params) if moments == "warm" else (params, optimizer.init(params))
-
-
-def relative_error(found, expected):
-    found = np.concatenate([np.ravel(x) for x in jax.tree.leaves(found)]).astype(np.float64)
-    expected = np.concatenate([np.ravel(x) for x in jax.tree.leaves(expected)]).astype(np.float64)
-    assert np.isfinite(expected).all() and np.abs(expected).max() > 0
-    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
-
-
-# Conformance: values, dtypes, optimizers, horizons.
+# Values, dtypes, horizons.
 
 
 @pytest.mark.parametrize("bits", [32, 64])
@@ -170,26 +82,6 @@ def test_the_clip_of_the_conformance_table_is_active():
         batch = jax.tree.map(lambda x, t=t: x[t], batches)
         gradient = jax.grad(lambda p, batch=batch: mlp_loss(p, batch).mean())(params)
         assert optax.tree.norm(gradient) > 0.05
-
-
-OTHERS = {
-    "injected learning rate": optax.inject_hyperparams(optax.adamw)(learning_rate=0.02),
-    "two groups": optax.partition(
-        {"a": optax.adamw(0.02), "b": optax.sgd(0.05, momentum=0.9)},
-        {"kernel": "a", "output": "b"},
-    ),
-    "muon": optax.contrib.muon(0.02),
-}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_other_optax_transformations_need_no_rule_of_their_own(name):
-    optimizer, batches = OTHERS[name], mlp_batches(4)
-    params, state = start(optimizer, "warm")
-    result = mgf.metagradients(mlp_loss, mlp_outer, params, state, batches, optimizer=optimizer)
-    _, scores, probe = reference(mlp_loss, mlp_outer, params, state, batches, optimizer=optimizer)
-    assert relative_error(result.scores, scores) <= 1e-4
-    assert relative_error(result.probe, probe) <= 1e-4
 
 
 def test_the_trajectory_ends_where_plain_training_ends():

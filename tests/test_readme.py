@@ -11,7 +11,9 @@ import optax
 import pytest
 
 import metagrad_filter as mgf
-from bench.demo import README, RECORD, with_table
+from bench import metagradients
+from bench.demo import RECORD, with_table
+from bench.readme import README, replaced
 from metagrad_filter.proxy import DecoderConfig, DecoderLoss, init_decoder
 
 EXAMPLE = re.compile(r"<!-- example[^>]*-->\n```python\n(.*?)```", re.DOTALL)
@@ -65,6 +67,12 @@ def test_table_is_the_record():
         pytest.fail("bench/records/demo.json is missing; run `make bench`")
     readme = README.read_text()
     assert with_table(readme, json.loads(RECORD.read_text())) == readme
+
+
+def test_the_metagradients_tables_are_the_record():
+    readme, record = README.read_text(), json.loads(metagradients.RECORD.read_text())
+    text = metagradients.table(record)
+    assert replaced(readme, "metagradients-table", text) == readme
 
 
 def test_record_has_three_paired_seeds_and_every_method():

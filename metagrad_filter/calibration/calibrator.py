@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from metagrad_filter.calibration.checkpoint import Checkpoints
 from metagrad_filter.calibration.config import CalibrationConfig
 from metagrad_filter.calibration.live import latest_live, save_live
 from metagrad_filter.calibration.round import (
@@ -22,6 +23,7 @@ from metagrad_filter.calibration.round import (
 )
 from metagrad_filter.calibration.source import WindowCheck, WindowSource
 from metagrad_filter.calibration.worker import BackgroundCalibration, start_worker
+from metagrad_filter.errors import ConfigError
 from metagrad_filter.files import canonical_json, write_once
 from metagrad_filter.labels import LabelStore
 from metagrad_filter.proxy.proxy import Proxy
@@ -42,6 +44,9 @@ class Calibrator:
         random access together with `elements`.
       config: how rounds are run.
       elements: how an element of a dataset becomes an array.
+      checkpoints: the folder that the training job writes its Orbax checkpoints to, or
+        `Checkpoints` to say where parameters and optimizer state lie in them. Each round starts
+        from the newest complete one; the job needs no change.
       progress: called with stage name, done and total.
 
     Example:
@@ -61,6 +66,7 @@ class Calibrator:
         windows: Any,
         config: CalibrationConfig | None = None,
         elements: TextWindows | SeriesWindows | None = None,
+        checkpoints: str | Path | Checkpoints | None = None,
         progress: Progress | None = None,
     ):
         self.run_dir = Path(run_dir).absolute()
@@ -68,6 +74,9 @@ class Calibrator:
         self.config = config or CalibrationConfig()
         self.proxy = proxy
         self.target = target
+        if not isinstance(checkpoints, Checkpoints | None):
+            checkpoints = Checkpoints(str(checkpoints))
+        self.checkpoints = checkpoints
         self.progress = progress or silent
         check = WindowCheck(vocabulary(proxy, self.config), self.config.pad_id)
         self.source = WindowSource(windows, elements, check)
@@ -79,21 +88,27 @@ class Calibrator:
         self._reports = self.run_dir / "rounds"
         self._reports.mkdir(parents=True, exist_ok=True)
 
-    def follow(self, step: int, params: PyTree, opt_state: PyTree) -> None:
+    def follow(self, step: int, params: PyTree, opt_state: PyTree = None) -> None:
         """Hands over the training state of a step; later rounds start from the newest one.
 
         Returns when the state is complete under `run_dir/live`: training waits as long as it takes
-        to write one checkpoint, and for nothing else.
+        to write one checkpoint, and for nothing else. Without `opt_state` rounds warm moments
+        themselves. A job that writes Orbax checkpoints anyway names their folder as `checkpoints`
+        instead.
+
+        Raises:
+          ConfigError: this calibrator reads checkpoints.
         """
+        if self.checkpoints is not None:
+            raise ConfigError(
+                f"this calibrator reads checkpoints from {self.checkpoints.directory}; either "
+                "hand states over with follow() or name a folder, not both."
+            )
         save_live(self.run_dir, self._session, step, params, opt_state)
 
     def round(self) -> RoundReport:
         """Runs one round in this process: labels, fit, gate, publish (or the reason why not)."""
-        proxy, step = self.proxy, None
-        live = latest_live(self.run_dir, self._session, proxy.params, proxy.opt_state)
-        if live is not None:
-            step, params, opt_state = live
-            proxy = proxy.at(params, opt_state)
+        proxy, step, started_from = self._start()
         report = run_round(
             proxy,
             self.target,
@@ -103,11 +118,29 @@ class Calibrator:
             registry=self.registry,
             store=self.labels,
             live_step=step,
+            started_from=started_from,
             progress=self.progress,
         )
         path = self._reports / f"round-{report.round:06d}.json"
         write_once(path, canonical_json(report.to_json()))
         return report
+
+    def _start(self) -> tuple[Proxy, int | None, str]:
+        """The proxy where training stands now, the step it has reached, and whence it is known."""
+        proxy = self.proxy
+        optimizer = proxy.transformation(proxy.learning_rate)
+        if self.checkpoints is not None:
+            place = self.checkpoints.directory
+            live = self.checkpoints.newest(proxy.params, optimizer)
+            if live is None:
+                return proxy, None, f"the proxy as given: no complete checkpoint yet in {place}"
+            started_from = f"a checkpoint in {place}"
+        else:
+            live = latest_live(self.run_dir, self._session, proxy.params, optimizer)
+            if live is None:
+                return proxy, None, "the proxy as given"
+            started_from = "the state handed over by follow()"
+        return proxy.at(live.params, live.opt_state), live.step, started_from
 
     @contextmanager
     def background(
@@ -115,10 +148,10 @@ class Calibrator:
     ) -> Iterator[BackgroundCalibration]:
         """Runs rounds in a process of its own until the block ends.
 
-        The process starts each round from the newest state that `follow` has stored. Whatever
-        becomes of it, the loader goes on with the versions that are published. At the end of the
-        block a round in progress is abandoned. A script that uses this needs the usual
-        `if __name__ == "__main__":` guard of Python's spawned processes.
+        The process starts each round from the newest state that `follow` has stored, or from the
+        newest of the `checkpoints`. Whatever becomes of it, the loader goes on with the versions
+        that are published. At the end of the block a round in progress is abandoned. A script that
+        uses this needs the usual `if __name__ == "__main__":` guard of Python's spawned processes.
 
         Args:
           rounds: how many to run, None for as many as time allows.

@@ -25,6 +25,10 @@ class CalibrationConfig:
       keep_ratio: at which the gate tries the candidate, in (0, 1); the loader's.
       block_windows: windows that the gate ranks together; the loader's.
       microbatch: windows per gradient evaluation, None for all.
+      maximum_rise: a trajectory at whose end the outer metric has risen by more than this share
+        has diverged, and ends the round.
+      warmup_steps: batches whose gradients warm the moments of a proxy that comes without optimizer
+        state; None takes `2 / (1 - b)` of its slowest moment, at most 64.
       pooled_rounds: recent rounds whose labels a version is fitted on.
       minimum_reliability: split-half correlation below which nothing is published.
       gate_strengths: strengths that are tried against 0 (uniform): Gumbel top-k logits per
@@ -46,6 +50,8 @@ class CalibrationConfig:
     keep_ratio: float = 0.25
     block_windows: int = 512
     microbatch: int | None = None
+    maximum_rise: float = 0.25
+    warmup_steps: int | None = None
     pooled_rounds: int = 3
     minimum_reliability: float = 0.3
     gate_strengths: tuple[float, ...] = (2.0, math.inf)
@@ -64,6 +70,10 @@ class CalibrationConfig:
         self._at_least("seed", 0, "numpy seeds are not negative")
         if self.microbatch is not None:
             self._at_least("microbatch", 1, "windows per gradient evaluation, or None")
+        if self.warmup_steps is not None:
+            self._at_least("warmup_steps", 1, "batches that warm the moments, or None")
+        if not self.maximum_rise > 0:
+            raise ConfigError(f"maximum_rise={self.maximum_rise!r}; expected a positive share.")
         if not self.gate_margin >= 0:
             raise ConfigError(f"gate_margin={self.gate_margin!r}; expected a number >= 0.")
         self._within("learning_rate_scale", 0, 1, closed=True)

@@ -13,18 +13,28 @@ import hashlib
 import math
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from metagrad_filter.calibration.config import CalibrationConfig
 from metagrad_filter.calibration.gate import GateResult, draw, json_strength, run_gate
 from metagrad_filter.calibration.source import WindowSource
-from metagrad_filter.errors import ConfigError, NonFiniteMetagradient, WindowError
+from metagrad_filter.calibration.warm import warm_moments, warmup_steps
+from metagrad_filter.errors import (
+    ConfigError,
+    NonFiniteMetagradient,
+    TrajectoryDiverged,
+    WindowError,
+)
 from metagrad_filter.labels import LabelStore, RoundLabels
 from metagrad_filter.metagradient.adjoint import metagradients
+from metagrad_filter.metagradient.divergence import check_rise
 from metagrad_filter.metagradient.optimizer import warm_state
 from metagrad_filter.metagradient.probe import score_with_probes
 from metagrad_filter.proxy.proxy import Proxy
@@ -49,7 +59,12 @@ class RoundReport:
       labels: windows that the scorer was fitted and judged on, over the pooled rounds.
       gate: what the paired runs measured, or None where the round ended before them.
       live_step: step of the live training state that the round started from, or None.
+      started_from: where that state came from, in words.
+      warmup_steps: batches that warmed the moments; 0 where the live ones were at hand.
       masked_coordinates: coordinates without second moment, whose cotangent was set to zero.
+      windows: positions in the source of the windows at which a round ended that diverged or left
+        the finite numbers.
+      tape: what the sweeps kept, in words.
       seconds: wall time by stage.
     """
 
@@ -62,7 +77,11 @@ class RoundReport:
     labels: int = 0
     gate: GateResult | None = None
     live_step: int | None = None
+    started_from: str = "the proxy as given"
+    warmup_steps: int = 0
     masked_coordinates: int = 0
+    windows: list[int] = field(default_factory=list)
+    tape: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -86,6 +105,7 @@ def run_round(
     registry: Registry,
     store: LabelStore,
     live_step: int | None = None,
+    started_from: str = "the proxy as given",
     progress: Progress = silent,
 ) -> RoundReport:
     """Runs one round and publishes its version, or records why not.
@@ -99,36 +119,44 @@ def run_round(
       registry: where the version goes.
       store: where the labels go.
       live_step: training step of `proxy`, for the report.
+      started_from: where `proxy` stands, for the report.
       progress: called with stage name, done and total; may raise to end the round early.
     """
     clock = _Stages()
     rng = np.random.default_rng([config.seed, number])
     to_label, for_gate = split_source(len(source), config)
     target_hash = _target_hash(target, source)
+    begun = RoundReport(number, None, "", live_step=live_step, started_from=started_from)
     try:
+        if proxy.opt_state is None:
+            with clock("warmup"):
+                proxy, steps = _warmed(proxy, source, config, rng, progress)
+                begun = replace(begun, warmup_steps=steps)
         with clock("trajectories"):
-            probes, masked = _averaged_probes(proxy, target, source, config, rng, progress)
+            probes, masked, tape = _averaged_probes(proxy, target, source, config, rng, progress)
         with clock("labels"):
-            windows = source.take(rng.permutation(to_label)[: config.labels])
-            halves = score_with_probes(
-                proxy.loss,
-                proxy.params,
-                probes,
-                windows,
-                progress=lambda done: progress("labels", done, len(windows)),
-            )
-    except NonFiniteMetagradient as error:
-        registry.reject(None, "non_finite", {"round": number, "detail": str(error)})
-        return RoundReport(number, None, f"non-finite: {error}", live_step=live_step)
+            chosen = rng.permutation(to_label)[: config.labels]
+            windows = source.take(chosen)
+            with _naming(chosen, "scoring"):
+                halves = score_with_probes(
+                    proxy.loss,
+                    proxy.params,
+                    probes,
+                    windows,
+                    progress=lambda done: progress("labels", done, len(windows)),
+                )
+    except (NonFiniteMetagradient, TrajectoryDiverged) as error:
+        why = "diverged" if isinstance(error, TrajectoryDiverged) else "non_finite"
+        windows = list(error.windows)
+        registry.reject(None, why, {"round": number, "detail": str(error), "windows": windows})
+        return replace(begun, reason=f"{why.replace('_', '-')}: {error}", windows=windows)
     labels = RoundLabels(windows, halves, target_hash)
     reliability = labels.reliability
-    found = RoundReport(
-        number,
-        None,
-        "",
+    found = replace(
+        begun,
         reliability=reliability,
-        live_step=live_step,
         masked_coordinates=masked,
+        tape=tape,
         seconds=clock.seconds,
     )
     if not reliability >= config.minimum_reliability:
@@ -180,6 +208,7 @@ def _publish(
         "reliability": found.reliability,
         "gate": found.gate.to_json(),
         "live_step": found.live_step,
+        "warmup_steps": found.warmup_steps,
         "config": config.to_json(),
     }
     if found.gate.chosen == 0 and registry.latest() is None:
@@ -190,6 +219,29 @@ def _publish(
     return replace(found, version=version, reason="published")
 
 
+def _warmed(
+    proxy: Proxy,
+    source: WindowSource,
+    config: CalibrationConfig,
+    rng: np.random.Generator,
+    progress: Progress,
+) -> tuple[Proxy, int]:
+    """The proxy with moments of its own, and the number of batches that warmed them."""
+    optimizer = proxy.transformation(proxy.learning_rate)
+    steps = config.warmup_steps or warmup_steps(proxy.params, optimizer)
+    progress("warmup", 0, steps)
+    windows = source.take(draw(rng, np.arange(len(source)), steps * config.batch_windows))
+    state = warm_moments(
+        proxy.loss,
+        proxy.params,
+        windows.reshape(steps, config.batch_windows, *windows.shape[1:]),
+        optimizer=optimizer,
+        microbatch=config.microbatch,
+    )
+    progress("warmup", steps, steps)
+    return proxy.at(proxy.params, state), steps
+
+
 def _averaged_probes(
     proxy: Proxy,
     target: HeldOutLoss,
@@ -197,32 +249,60 @@ def _averaged_probes(
     config: CalibrationConfig,
     rng: np.random.Generator,
     progress: Progress,
-) -> tuple[list[PyTree], int]:
-    """Mean probe of each half of the trajectories, and the number of masked coordinates."""
+) -> tuple[list[PyTree], int, str]:
+    """Mean probe of each half of the trajectories, masked coordinates, and what was kept."""
     optimizer = proxy.transformation(proxy.learning_rate * config.learning_rate_scale)
     start = warm_state(optimizer, proxy.params, proxy.opt_state)
     outer = target.outer(proxy.loss)
+    before = float(jax.jit(outer)(proxy.params))
     every = np.arange(len(source))
     halves: list[list[PyTree]] = [[], []]
-    masked = 0
+    masked, tape = 0, ""
     for i in range(config.trajectories):
         progress("trajectories", i, config.trajectories)
         index = draw(rng, every, config.horizon * config.batch_windows)
         windows = source.take(index)
-        result = metagradients(
-            proxy.loss,
-            outer,
-            proxy.params,
-            start,
-            windows.reshape(config.horizon, config.batch_windows, *windows.shape[1:]),
-            optimizer=optimizer,
-            microbatch=config.microbatch,
-        )
+        batches = windows.reshape(config.horizon, config.batch_windows, *windows.shape[1:])
+        with _naming(index.reshape(config.horizon, -1), f"trajectory {i}"):
+            result = metagradients(
+                proxy.loss,
+                outer,
+                proxy.params,
+                start,
+                batches,
+                optimizer=optimizer,
+                microbatch=config.microbatch,
+            )
+            check_rise(
+                proxy.loss,
+                optimizer,
+                (proxy.params, start),
+                batches,
+                jnp.ones(batches.shape[:2]),
+                before=before,
+                after=float(result.phi),
+                most=config.maximum_rise,
+                microbatch=config.microbatch,
+            )
+        tape = str(result.tape)
         halves[i % 2].append(result.probe)
         masked = max(masked, result.masked_coordinates)
     progress("trajectories", config.trajectories, config.trajectories)
     means = [jax.tree.map(lambda *x: sum(x) / len(x), *probes) for probes in halves]
-    return means, masked
+    return means, masked, tape
+
+
+@contextmanager
+def _naming(positions: np.ndarray, what: str) -> Iterator[None]:
+    """Turns positions in a batch, in errors of a measurement, into positions in the source."""
+    try:
+        yield
+    except (NonFiniteMetagradient, TrajectoryDiverged) as error:
+        places = positions if error.step is None else positions[error.step]
+        named = tuple(int(i) for i in places[list(error.windows)]) if error.windows else ()
+        shown = f" (windows {', '.join(map(str, named[:8]))} of the source)" if named else ""
+        message = f"{what}: {error}{shown}"
+        raise type(error)(message, step=error.step, windows=named) from error  # pyright: ignore[reportArgumentType]
 
 
 def split_source(count: int, config: CalibrationConfig) -> tuple[np.ndarray, np.ndarray]:

@@ -48,6 +48,7 @@ from metagrad_filter.metagradient.sweep import (
     advance,
     begin,
     finite,
+    slots,
     sweep,
     sweep_whole,
 )
@@ -180,7 +181,7 @@ def metagradients(
         microbatch=microbatch,
         differentiation=differentiation,
         singular=singular,
-        skips=_slots(plan, len(weights)) != len(weights),
+        skips=slots(plan, len(weights)) != len(weights),
         mesh=_mesh(batches),
     )
     walk = _in_segments if plan.spans else _in_one
@@ -200,7 +201,7 @@ def metagradients(
 def _in_one(program: Program, plan: Tape, state: State, batches: PyTree, weights: jax.Array):
     """The whole trajectory as one segment, in one program."""
     steps = len(weights)
-    segment = _segment(plan, batches, weights, 0, _slots(plan, steps))
+    segment = _segment(plan, batches, weights, 0, slots(plan, steps))
     end, phi, carry, scores, masked = sweep_whole(state, segment, program=program)
     return end, phi, carry, scores[:steps], masked[0]
 
@@ -264,19 +265,13 @@ def _segment(plan: Tape, batches: PyTree, weights: jax.Array, start: int, slots:
     )
 
 
-def _slots(plan: Tape, steps: int) -> int:
-    """Steps of all segments, with those that only fill up."""
-    swept = plan.spans[-1] if plan.spans else steps
-    filled = -(-swept // plan.block) * plan.block
-    return -(-steps // swept) * filled
-
-
 def _mesh(batches: PyTree) -> Mesh | None:
     """The mesh over which the batches are sharded, if they are."""
     for leaf in jax.tree.leaves(batches):
         sharding = getattr(leaf, "sharding", None)
-        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
-            return sharding.mesh
+        mesh = getattr(sharding, "mesh", None)
+        if isinstance(sharding, NamedSharding) and isinstance(mesh, Mesh) and mesh.size > 1:
+            return mesh
     return None
 
 

@@ -1,21 +1,23 @@
-"""Where a trajectory or its adjoint left the finite numbers: looked for only after it did.
+"""Where a trajectory diverged or left the finite numbers: looked for only after it did.
 
 Cost: one more forward pass over the trajectory, which stops to look at every step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from metagrad_filter.errors import NonFiniteMetagradient
+from metagrad_filter.errors import NonFiniteMetagradient, TrajectoryDiverged
 from metagrad_filter.metagradient.optimizer import apply_update
 from metagrad_filter.metagradient.sweep import Program, State, finite
 from metagrad_filter.metagradient.trajectory import weighted_gradient
-from metagrad_filter.types import PyTree
+from metagrad_filter.types import Loss, PyTree
 
 
 def explain(
@@ -35,17 +37,23 @@ def explain(
       batches, weights: its windows, `(T, B, ...)` and `(T, B)`.
       phi, scores, probe: what it yielded, with an axis of targets if `program.stacked`.
     """
-    look = jax.jit(_look, static_argnames="program")
-    for step in range(len(weights)):
-        batch = jax.tree.map(lambda x, t=step: x[t], batches)
-        state, losses, gradients_finite = look(state, batch, weights[step], program=program)
-        losses = np.asarray(losses)
+    steps = _steps(program.loss, program.optimizer, program.microbatch, state, batches, weights)
+    for step, (after, losses, gradients_finite) in enumerate(steps):
         bad = tuple(int(i) for i in np.flatnonzero(~np.isfinite(losses)))
-        if len(bad) == len(losses):
+        everyone = tuple(range(len(losses)))
+        if bad == everyone and step:
             return NonFiniteMetagradient(
                 f"the loss of every window is {losses[0]} at step {step}; the inner loop diverged: "
-                "lower its learning rate, or look at the parameters that it starts from.",
+                "lower its learning rate, or look at the windows of the step before.",
+                step=step - 1,
+                windows=everyone,
+            )
+        if bad == everyone:
+            return NonFiniteMetagradient(
+                f"the loss of every window is {losses[0]} at the first step; look at the "
+                "parameters that the trajectory starts from.",
                 step=step,
+                windows=everyone,
             )
         if bad:
             return NonFiniteMetagradient(
@@ -59,13 +67,14 @@ def explain(
                 f"the gradient is not finite at step {step} although every loss is; look at the "
                 "windows of that batch, or lower the learning rate.",
                 step=step,
-                windows=tuple(range(len(losses))),
+                windows=everyone,
             )
-        if not all(finite(state)):
+        if not all(finite(after)):
             return NonFiniteMetagradient(
                 f"the optimizer's update is not finite at step {step} although its gradient is; "
                 "lower its learning rate or raise its eps.",
                 step=step,
+                windows=everyone,
             )
     if not np.isfinite(np.asarray(phi)).all():
         return NonFiniteMetagradient(
@@ -96,12 +105,65 @@ def explain(
     )
 
 
-def _look(state: State, batch: PyTree, weights: jax.Array, *, program: Program):
-    params, opt_state = state
-    losses = program.loss(params, batch)
-    gradient = weighted_gradient(program.loss, params, batch, weights, program.microbatch)
-    whole = jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(gradient)]).all()
-    return apply_update(program.optimizer, params, opt_state, gradient), losses, whole
+def check_rise(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    state: State,
+    batches: PyTree,
+    weights: jax.Array,
+    *,
+    before: float,
+    after: float,
+    most: float,
+    microbatch: int | None = None,
+) -> None:
+    """Refuses a trajectory at whose end the outer metric has risen by more than a share.
+
+    Args:
+      loss, optimizer, state, batches, weights, microbatch: of the trajectory.
+      before, after: the outer metric at its start and at its end.
+      most: share of `before` by which it may rise.
+
+    Raises:
+      TrajectoryDiverged: it rose by more; names the step after which the windows' loss jumped.
+    """
+    if after <= before + most * abs(before):
+        return
+    steps = list(_steps(loss, optimizer, microbatch, state, batches, weights))
+    losses = np.stack([losses for _, losses, _ in steps])
+    mean = losses.mean(axis=1)
+    step = int(np.argmax(np.diff(mean))) if len(mean) > 1 else 0
+    raise TrajectoryDiverged(
+        f"the outer metric rose from {before:.4g} to {after:.4g} over the trajectory, more than "
+        f"the {most:.0%} that maximum_rise allows; the loss of its windows goes from {mean[0]:.4g} "
+        f"to {mean[-1]:.4g} and rises most after step {step}: lower learning_rate_scale, or look "
+        "at the windows of that step.",
+        step=step,
+        windows=tuple(int(i) for i in np.argsort(-losses[step], kind="stable")),
+    )
+
+
+def _steps(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    microbatch: int | None,
+    state: State,
+    batches: PyTree,
+    weights: jax.Array,
+) -> Iterator[tuple[State, np.ndarray, bool]]:
+    """Per step: the state after it, its losses `(B,)`, and whether its gradient is finite."""
+
+    @jax.jit
+    def look(state: State, batch: PyTree, w: jax.Array):
+        params, opt_state = state
+        gradient = weighted_gradient(loss, params, batch, w, microbatch)
+        whole = jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(gradient)]).all()
+        return apply_update(optimizer, params, opt_state, gradient), loss(params, batch), whole
+
+    for step, w in enumerate(weights):
+        batch = jax.tree.map(lambda x, t=step: x[t], batches)
+        state, losses, whole = look(state, batch, w)
+        yield state, np.asarray(losses), bool(whole)
 
 
 def _listed(windows: tuple[int, ...]) -> str:

@@ -44,7 +44,8 @@ def apply_update(
 
 
 def is_float(leaf: Any) -> bool:
-    return jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating)
+    """Whether an array, a scalar or a `jax.ShapeDtypeStruct` is floating point."""
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
 def widened(tree: PyTree) -> PyTree:
@@ -129,14 +130,14 @@ def singular_moments(
                 f"opt_state{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, but "
                 f"optimizer.init(params) has {like.shape}; pass the state of these parameters."
             )
-    slopes = _slopes_at_zero(optimizer, *_sample(optimizer, params, expected))
+    slopes = _slopes_at_zero(optimizer, *_sample(optimizer, params, cold))
     # A scalar without an owner is no moment but an injected hyperparameter, such as eps_root = 0.
     known = zip(owners(params, opt_state), split_floats(opt_state)[0])
     moments = [owner >= 0 or jnp.ndim(leaf) > 0 for owner, leaf in known]
     return tuple(bool(slope) and moment for slope, moment in zip(slopes, moments))
 
 
-def _sample(optimizer, params: PyTree, structure: Any) -> tuple[PyTree, PyTree]:
+def _sample(optimizer, params: PyTree, cold: PyTree) -> tuple[PyTree, PyTree]:
     """Small parameters that the optimizer treats as it treats `params`, and a gradient with zeros.
 
     The gradient is zero in the first row, column, ... of every parameter, as it is for a token that
@@ -144,8 +145,7 @@ def _sample(optimizer, params: PyTree, structure: Any) -> tuple[PyTree, PyTree]:
     """
 
     def corner(param: Any) -> jax.Array:
-        shape = tuple(min(size, _PROBED_ROWS) for size in jnp.shape(param))
-        return jnp.ones(shape, jnp.promote_types(jnp.asarray(param).dtype, jnp.float32))
+        return jnp.ones(_corner(param), jnp.promote_types(param.dtype, jnp.float32))
 
     def zero_edges(param: jax.Array) -> jax.Array:
         if param.size == 1:
@@ -156,19 +156,33 @@ def _sample(optimizer, params: PyTree, structure: Any) -> tuple[PyTree, PyTree]:
         ).astype(param.dtype)
 
     small = jax.tree.map(corner, params)
-    if jax.tree.structure(jax.eval_shape(optimizer.init, small)) != structure:
+    like = jax.eval_shape(optimizer.init, small)
+    same = jax.tree.structure(like) == jax.tree.structure(cold)
+    if not same or jax.tree.map(jnp.shape, like) != jax.tree.map(_corner, cold):
         small = widened(params)  # the optimizer looks at sizes: take the real ones
     return small, jax.tree.map(zero_edges, small)
 
 
+def _corner(x: Any) -> tuple[int, ...]:
+    return tuple(min(size, _PROBED_ROWS) for size in jnp.shape(x))
+
+
 @functools.partial(jax.jit, static_argnames="optimizer")
 def _slopes_at_zero(optimizer, params, gradient) -> list[jax.Array]:
+    """Which float leaves of a cold state have an infinite slope and do not know the sign of g."""
     floats, join = split_floats(optimizer.init(params))
     new, pull_back = jax.vjp(
         lambda f: apply_update(optimizer, params, join(f), gradient)[0], floats
     )
     (slopes,) = pull_back(jax.tree.map(jnp.ones_like, new))
-    return [~jnp.isfinite(slope).all() for slope in slopes]
+
+    def after(gradient: PyTree) -> Leaves:
+        return split_floats(apply_update(optimizer, params, join(floats), gradient)[1])[0]
+
+    # What accumulates gradients, to be squared later, has the slope but is no second moment.
+    mirrored = zip(after(gradient), after(jax.tree.map(jnp.negative, gradient)))
+    even = [(plus == minus).all() for plus, minus in mirrored]
+    return [~jnp.isfinite(slope).all() & e for slope, e in zip(slopes, even)]
 
 
 def pull_back_update(
@@ -216,7 +230,7 @@ def pull_back_update(
         )
         for i, axes in enumerate(_owned_axes(params, opt_state)):
             if singular[i]:
-                dead[i] = (floats[i] <= _VANISHED) & (after[i] <= _VANISHED)
+                dead[i] = (jnp.abs(floats[i]) <= _VANISHED) & (jnp.abs(after[i]) <= _VANISHED)
                 floats[i] = jnp.where(dead[i], jnp.asarray(_HARMLESS, floats[i].dtype), floats[i])
                 if axes is not None:
                     owner, missing = axes

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from metagrad_filter.errors import ConfigError, NonFiniteMetagradient, WindowError
 from metagrad_filter.metagradient.trajectory import window_losses
@@ -30,15 +32,20 @@ def probe_scores(
 ) -> np.ndarray:
     """Scores windows against a probe: score = -<grad loss(window), probe>.
 
+    Where `params` or `windows` lie on a device mesh (see `metagrad_filter.sharding`), every
+    evaluation is cut along its windows over all of its devices.
+
     Args:
       loss: `loss(params, batch) -> (B,)`, the same function as for `metagradients`.
       params: where the trajectory started.
       probe: `Metagradients.probe`, or an average of several.
-      windows: pytree of arrays with a leading axis `N`.
-      batch_size: windows per evaluation, default 128.
+      windows: pytree of arrays with a leading axis `N`; in several processes the same in each, or
+        arrays that are sharded over all of them.
+      batch_size: windows per evaluation, default 128; on a mesh rounded up to a multiple of its
+        devices.
 
     Returns:
-      `(N,)` float32, higher is better.
+      `(N,)` float32, higher is better; whole in every process.
 
     Raises:
       WindowError: the arrays of `windows` disagree in their leading axis.
@@ -81,7 +88,9 @@ def score_with_probes(
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"batch_size={batch_size!r}; expected a positive integer or None.")
     (count,) = sizes
-    size = min(batch_size or _DEFAULT_BATCH, max(count, 1))
+    mesh = mesh_of(params) or mesh_of(windows)
+    devices = mesh.size if mesh else 1
+    size = -(-min(batch_size or _DEFAULT_BATCH, max(count, 1)) // devices) * devices
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *probes)
     scores = np.empty((len(probes), count), np.float32)
     stride = size * _CHUNKS_PER_CALL
@@ -91,23 +100,44 @@ def score_with_probes(
         # Clipped indices repeat the last window so that every call but the last has one shape.
         index = np.minimum(np.arange(start, start + chunks * size), count - 1)
         pieces = jax.tree.map(
-            lambda x, i=index, n=chunks: np.asarray(x)[i].reshape(n, size, *np.shape(x)[1:]),
+            lambda x, i=index, n=chunks: _rows(x, i).reshape(n, size, *np.shape(x)[1:]),
             windows,
         )
-        found = np.asarray(_score_pieces(params, stacked, pieces, loss=loss))
+        found = np.asarray(_score_pieces(params, stacked, pieces, loss=loss, mesh=mesh))
         scores[:, start:stop] = found[:, : stop - start]
         progress(stop)
     bad = np.argwhere(~np.isfinite(scores))
     if len(bad):
         raise NonFiniteMetagradient(
             f"{len(bad)} of {scores.size} probe scores are not finite, the first for window "
-            f"{int(bad[0][1])}; check that window and the probe."
+            f"{int(bad[0][1])}; check that window and the probe.",
+            windows=tuple(sorted({int(window) for _, window in bad})),
         )
     return scores
 
 
-@functools.partial(jax.jit, static_argnames="loss")
-def _score_pieces(params, probes, pieces, *, loss):
+def mesh_of(tree: PyTree) -> Mesh | None:
+    """The mesh of several devices that a tree's arrays lie on, or None."""
+    for leaf in jax.tree.leaves(tree):
+        mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
+        if isinstance(mesh, Mesh) and mesh.size > 1:
+            return mesh
+    return None
+
+
+def _rows(x: Any, index: np.ndarray) -> Any:
+    # What lies in other processes too cannot be brought here, and is indexed where it lies.
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return x[index]
+    return np.asarray(x)[index]
+
+
+@functools.partial(jax.jit, static_argnames=("loss", "mesh"))
+def _score_pieces(params, probes, pieces, *, loss, mesh):
+    if mesh is not None:
+        over_windows = NamedSharding(mesh, PartitionSpec(None, mesh.axis_names))
+        pieces = jax.lax.with_sharding_constraint(pieces, over_windows)
+
     def score(batch):
         count = jax.tree.leaves(batch)[0].shape[0]
         losses = functools.partial(window_losses, loss, batch=batch, count=count)
@@ -115,4 +145,8 @@ def _score_pieces(params, probes, pieces, *, loss):
         return -jax.vmap(lambda probe: along((probe,))[1])(probes)
 
     scores = jax.lax.map(score, pieces)
-    return jnp.moveaxis(scores, 1, 0).reshape(scores.shape[1], -1)
+    scores = jnp.moveaxis(scores, 1, 0).reshape(scores.shape[1], -1)
+    if mesh is None:
+        return scores
+    # Every process reads all scores, wherever the windows lie.
+    return jax.lax.with_sharding_constraint(scores, NamedSharding(mesh, PartitionSpec()))

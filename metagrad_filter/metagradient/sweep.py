@@ -26,6 +26,7 @@ from metagrad_filter.metagradient.optimizer import (
     widened,
 )
 from metagrad_filter.metagradient.second_order import second_order
+from metagrad_filter.metagradient.tape import Tape
 from metagrad_filter.metagradient.trajectory import run, skipping
 from metagrad_filter.types import Loss, Outer, PyTree
 
@@ -60,6 +61,12 @@ class Segment(NamedTuple):
     batches: PyTree
     weights: jax.Array
     active: jax.Array  # bool, false for steps that only fill up the last segment
+
+
+def slots(tape: Tape, steps: int) -> int:
+    """Steps in all segments of a trajectory, with those that only fill up the last ones."""
+    swept = tape.spans[-1] if tape.spans else steps
+    return -(-steps // swept) * -(-swept // tape.block) * tape.block
 
 
 @functools.partial(jax.jit, static_argnames="program")

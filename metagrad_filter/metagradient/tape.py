@@ -22,7 +22,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ KINDS = ("auto", "state", "gradient", "segments")
 
 _BLOCK = 16  # optimizer updates are replayed from a state at most this many steps back
 _STATE_TAPE_BYTES = 1 << 30  # above this, storing four copies a step costs more than replaying
+_OFFLOADED = 12  # steps between anchors in host memory, at most
 _SHARE_OF_FREE = 0.5  # the rest is for activations, the outer metric and what training needs
 
 
@@ -186,7 +187,7 @@ def has_host_memory(params: PyTree) -> bool:
     return any(m.kind == "pinned_host" for m in _device(params).addressable_memories())
 
 
-def _device(params: PyTree) -> jax.Device:
+def _device(params: PyTree) -> Any:
     for leaf in jax.tree.leaves(params):
         if isinstance(leaf, jax.Array):
             return next(iter(leaf.sharding.addressable_devices))
@@ -233,7 +234,7 @@ def _spans(steps: int, levels: int, sizes: Sizes, offload: bool) -> tuple[int, .
         unfilled = any(width % span for width, span in zip((steps, *spans), spans))
         if offload:
             # Shorter ones would save device memory, but every anchor crosses the bus twice.
-            return abs(spans[-1] - min(math.ceil(math.sqrt(steps)), _BLOCK)) + 2 * unfilled
+            return abs(spans[-1] - min(math.ceil(math.sqrt(steps)), _OFFLOADED)) + 2 * unfilled
         held = _held("segments", steps, spans, _block(spans[-1]), offload, sizes)
         return held * (1.05 if unfilled else 1.0)
 

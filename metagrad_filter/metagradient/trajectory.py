@@ -116,7 +116,8 @@ def run(
 
     def step(state, inputs):
         params, opt_state = state
-        gradient = weighted_gradient(loss, params, *inputs, microbatch)
+        batch, w = inputs
+        gradient = weighted_gradient(loss, params, batch, w, microbatch)
         kept = None if record is None else record(Step(params, opt_state, gradient))
         return apply_update(optimizer, params, opt_state, gradient), kept
 
@@ -128,7 +129,7 @@ def run(
     return *state, kept
 
 
-def skipping(step: Callable[..., Any], skips: bool) -> Callable[..., Any]:
+def skipping(step: Callable[..., Any], skips: bool) -> Any:
     """A scan body over `(active, inputs)` that leaves the carry alone where `active` is false."""
     if not skips:
         return step

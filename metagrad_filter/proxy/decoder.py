@@ -140,7 +140,8 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         positions = jnp.arange(tokens.shape[1])
-        x = layers.enter(self.wte(tokens) + self.wpe(positions), self.dtype)
+        tables = self.wte.embedding[...], self.wpe.embedding[...]
+        x = layers.enter(tables[0][tokens] + tables[1][positions], self.dtype)
         return self.ln_f(layers.walk(self.h, x, remat=self.remat))
 
 

@@ -76,7 +76,16 @@ def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.
     Returns:
       `(B, S, H, d)` in the dtype of `value`; the softmax is taken in float32 or wider.
     """
-    return jax.nn.dot_product_attention(query, key, value, is_causal=True)
+    if value.dtype != jnp.float64:
+        return jax.nn.dot_product_attention(query, key, value, is_causal=True)
+    # jax takes the softmax in float32 whatever the operands are.
+    batch, length, heads, width = query.shape
+    grouped = query.reshape(batch, length, key.shape[2], -1, width)
+    logits = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key) / math.sqrt(width)
+    visible = jnp.tril(jnp.ones((length, length), bool))
+    shares = jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
+    mixed = jnp.einsum("bkgqs,bskd->bqkgd", shares, value)
+    return mixed.reshape(batch, length, heads, width)
 
 
 def walk(blocks: Iterable[nnx.Module], x: jax.Array, *rest: jax.Array, remat: bool) -> jax.Array:

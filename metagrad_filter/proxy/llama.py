@@ -221,7 +221,8 @@ class LlamaDecoder(nnx.Module):
         self.config = config
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        x = layers.enter(self.embed_tokens(tokens), self.config.dtype)
+        # nnx.Embed would cast to the float32 in which it was made.
+        x = layers.enter(self.embed_tokens.embedding[...][tokens], self.config.dtype)
         angles = rotary_angles(self.config, tokens.shape[1])
         # Tables in the dtype of x: float32 angles would promote bfloat16 queries.
         cos, sin = jnp.asarray(np.cos(angles), x.dtype), jnp.asarray(np.sin(angles), x.dtype)

@@ -25,7 +25,8 @@ class Proxy:
     Attributes:
       loss: `loss(params, windows) -> (B,)` in nats (or any unit) per window.
       params: current parameters.
-      opt_state: live (warm) optimizer state; its moments are taken over by tree path.
+      opt_state: live (warm) optimizer state; its moments are taken over by tree path. None where
+        only the weights exist: a round then warms moments at these parameters itself.
       optimizer: learning rate (or optax schedule) -> optax transformation, for instance
         `functools.partial(optax.adamw, b2=0.95, weight_decay=0.01)`.
       learning_rate: the live learning rate, in the optimizer's units.

@@ -1,0 +1,75 @@
+"""What is installed: versions, devices, the native scorer or why it is absent, memory.
+
+Nothing here computes; the cost is that of importing jax.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+_PACKAGES = ("metagrad-filter", "jax", "jaxlib", "optax", "flax", "grain", "numpy")
+_NATIVE = "metagrad_filter.kernels.scorer._ngram_bag"
+
+
+def inspect_installation() -> dict[str, Any]:
+    """Looks at this installation; JSON types only.
+
+    Returns:
+      `versions` by package (None where it is missing), `devices` that jax sees, `native_scorer`
+      with `loaded` and the `reason` where it is not, `memory` in bytes, and `problems`: a sentence
+      for each thing that keeps the package from working. Scoring without native code is slower and
+      gives the same results, so it is no problem.
+    """
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    problems = []
+    for name in _PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+            problems.append(f"{name} is not installed; reinstall metagrad-filter.")
+    devices, problem = _devices()
+    return {
+        "versions": versions,
+        "devices": devices,
+        "native_scorer": native_scorer(),
+        "memory": _memory(),
+        "problems": [*problems, *([problem] if problem else [])],
+    }
+
+
+def native_scorer() -> dict[str, Any]:
+    """Whether the scorer's native code runs in this process, and the reason where it does not."""
+    from metagrad_filter.kernels import scorer  # pyright: ignore[reportMissingImports]
+
+    if os.environ.get(scorer.NO_NATIVE) == "1":
+        return {"loaded": False, "reason": f"{scorer.NO_NATIVE}=1 asks for the numpy reference"}
+    try:
+        importlib.import_module(_NATIVE)
+    except ImportError as error:
+        return {"loaded": False, "reason": f"{error}; numpy scores the same, several times slower"}
+    return {"loaded": True, "reason": None}
+
+
+def _devices() -> tuple[list[str], str | None]:
+    try:
+        import jax
+
+        found = jax.devices()
+    except (ImportError, RuntimeError) as error:
+        return [], f"jax finds no device: {error}; check JAX_PLATFORMS and the installed jaxlib."
+    return [f"{device.platform}: {device.device_kind}" for device in found], None
+
+
+def _memory() -> dict[str, int | None]:
+    """Total and available main memory in bytes; None where the system does not tell."""
+    names = {"total_bytes": "SC_PHYS_PAGES", "available_bytes": "SC_AVPHYS_PAGES"}
+    known = getattr(os, "sysconf_names", {})
+    return {
+        field: os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") if name in known else None
+        for field, name in names.items()
+    }

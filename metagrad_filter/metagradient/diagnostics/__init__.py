@@ -1,0 +1,1 @@
+"""One check a file; `metagrad_filter.metagradient.checks` says which answers what."""
