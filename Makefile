@@ -18,7 +18,7 @@ quick: $(VENV)/.demo
 	$(BIN)/metagrad-filter demo --quick
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow

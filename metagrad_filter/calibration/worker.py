@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from metagrad_filter.calibration.calibrator import Calibrator
 
 _NICENESS = 10
-_STOP_SECONDS = 5.0
+_STOP_SECONDS = 5.0  # for a round in progress to notice that it is abandoned
+_LEAVE_SECONDS = 60.0  # for a worker without work to shut its interpreter down, on a busy machine
 
 
 class _Stopped(Exception):
@@ -85,7 +86,7 @@ def start_worker(
 ) -> Iterator[BackgroundCalibration]:
     """Spawns the worker; see `Calibrator.background`."""
     context = mp.get_context("spawn")
-    stop = context.Event()
+    stop, leaving = context.Event(), context.Event()
     error_path = calibrator.run_dir / "rounds" / "worker-error.txt"
     error_path.unlink(missing_ok=True)
     try:
@@ -99,7 +100,7 @@ def start_worker(
         ) from error
     process = context.Process(
         target=_work,
-        args=(calibrator, stop, rounds, pause_seconds, error_path, os.getpid()),
+        args=(calibrator, stop, leaving, rounds, pause_seconds, error_path, os.getpid()),
         name="metagrad-calibration",
         daemon=True,
     )
@@ -117,12 +118,14 @@ def start_worker(
             )
         stop.set()
         process.join(_STOP_SECONDS)
+        if leaving.is_set():
+            process.join(_LEAVE_SECONDS)
         if process.is_alive():
             process.kill()
             process.join()
 
 
-def _work(calibrator, stop, rounds, pause_seconds, error_path, parent) -> None:
+def _work(calibrator, stop, leaving, rounds, pause_seconds, error_path, parent) -> None:
     os.nice(_NICENESS)
 
     def progress(stage: str, done: int, total: int) -> None:
@@ -143,3 +146,5 @@ def _work(calibrator, stop, rounds, pause_seconds, error_path, parent) -> None:
     except Exception:
         error_path.write_text(traceback.format_exc())
         raise
+    finally:
+        leaving.set()

@@ -17,7 +17,7 @@ along `(a, b)`, five primitives are closed under differentiation:
 `L` is passed on, never differentiated: the rules are the total derivatives. Primitives rather than
 `jax.custom_jvp` and `jax.checkpoint`, because reverse over reverse strips both from the forward
 pass and keeps the logits of every chunk wherever what is differentiated depends on the losses, and
-because they take fewer passes over the logits (`bench/records/second_order.json`). Third
+because they keep fewer arrays of a chunk (`bench/records/second_order.json`). Third
 derivatives are those of the formulas, in the memory that this takes.
 
 Cost in products of `N x V x D`, in chunks (and in one piece, where XLA computes nothing again):
