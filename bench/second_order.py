@@ -1,7 +1,7 @@
 """What second order costs on this machine, and where: ratios to one gradient.
 
 python -m bench.second_order            measure, then store bench/records/second_order.json
-python -m bench.second_order --print    print the stored record
+python -m bench.second_order --table    print the stored record
 
 Three questions; the timings of one are interleaved, so that noise hits all alike:
 
@@ -317,8 +317,8 @@ def _megabytes(run: Any) -> float:
 
 
 def main(arguments: list[str]) -> None:
-    if arguments not in ([], ["--print"]):
-        sys.exit(f"bench.second_order: unknown arguments {arguments}; expected none or --print")
+    if arguments not in ([], ["--table"]):
+        sys.exit(f"bench.second_order: unknown arguments {arguments}; expected none or --table")
     if not arguments:
         import jax
 
