@@ -36,7 +36,7 @@ KINDS = ("auto", "state", "gradient", "segments")
 
 _BLOCK = 16  # optimizer updates are replayed from a state at most this many steps back
 _STATE_TAPE_BYTES = 1 << 30  # above this, storing four copies a step costs more than replaying
-_OFFLOADED = 12  # steps between anchors in host memory, at most
+_OFFLOADED = 8  # steps between anchors in host memory, at most
 _SHARE_OF_FREE = 0.5  # the rest is for activations, the outer metric and what training needs
 
 
