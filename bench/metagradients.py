@@ -46,7 +46,7 @@ import optax
 import metagrad_filter as mgf
 from bench.readme import README, RECORDS, replaced
 from metagrad_filter.metagradient.adjoint import Metagradients
-from metagrad_filter.metagradient.memory import predict_memory
+from metagrad_filter.metagradient.memory import predict_memory, program_bytes
 from metagrad_filter.proxy import DecoderConfig, DecoderLoss, init_decoder
 from metagrad_filter.targets import mean_loss
 
@@ -152,7 +152,7 @@ def measure(activation: str, windows: int, tokens: int, steps: int, progress) ->
     }
     if with_b:
         compiled["(b) no checkpoint"] = world.autodiff(False).compile()
-    memory = {name: _bytes(program) for name, program in compiled.items()}
+    memory = {name: program_bytes(program) for name, program in compiled.items()}
     calls = {
         "(a) checkpoint": lambda p: p(world.weights, *world.state, world.batches),
         "(b) no checkpoint": lambda p: p(world.weights, *world.state, world.batches),
@@ -258,16 +258,6 @@ def size(
         "measured_gpu_bytes": None,
         "measured_gpu_seconds": None,
     }
-
-
-def _bytes(program: Any) -> int:
-    found = program.memory_analysis()
-    return int(
-        found.argument_size_in_bytes
-        + found.output_size_in_bytes
-        - found.alias_size_in_bytes
-        + found.temp_size_in_bytes
-    )
 
 
 def _arrays(result: Any) -> Any:

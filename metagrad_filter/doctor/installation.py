@@ -11,6 +11,8 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from metagrad_filter.metagradient.tape import available_host_bytes
+
 _PACKAGES = ("metagrad-filter", "jax", "jaxlib", "optax", "flax", "grain", "numpy")
 _NATIVE = "metagrad_filter.kernels.scorer._ngram_bag"
 
@@ -67,9 +69,9 @@ def _devices() -> tuple[list[str], str | None]:
 
 def _memory() -> dict[str, int | None]:
     """Total and available main memory in bytes; None where the system does not tell."""
-    names = {"total_bytes": "SC_PHYS_PAGES", "available_bytes": "SC_AVPHYS_PAGES"}
-    known = getattr(os, "sysconf_names", {})
+    name = "SC_PHYS_PAGES"
+    known = name in getattr(os, "sysconf_names", {})
     return {
-        field: os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") if name in known else None
-        for field, name in names.items()
+        "total_bytes": os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") if known else None,
+        "available_bytes": available_host_bytes(),
     }

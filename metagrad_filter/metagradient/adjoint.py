@@ -39,7 +39,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from metagrad_filter.errors import ConfigError, WindowError
 from metagrad_filter.metagradient.divergence import explain
-from metagrad_filter.metagradient.optimizer import is_float, singular_moments
+from metagrad_filter.metagradient.optimizer import is_float
+from metagrad_filter.metagradient.plan import plan_sweep
 from metagrad_filter.metagradient.sweep import (
     Carry,
     Program,
@@ -52,13 +53,7 @@ from metagrad_filter.metagradient.sweep import (
     sweep,
     sweep_whole,
 )
-from metagrad_filter.metagradient.tape import (
-    Tape,
-    choose_tape,
-    free_bytes,
-    has_host_memory,
-    sizes_of,
-)
+from metagrad_filter.metagradient.tape import Tape, free_bytes
 from metagrad_filter.types import Loss, Outer, PyTree
 
 TapeKind = Literal["auto", "state", "gradient", "segments"]
@@ -163,31 +158,26 @@ def metagradients(
     """
     outers = dict(outer) if isinstance(outer, Mapping) else {"": outer}
     weights = _checked(params, batches, weights, outers, microbatch, differentiation)
-    singular = singular_moments(optimizer, params, opt_state)
-    plan = choose_tape(
-        tape,
+    program, plan = plan_sweep(
+        loss,
+        outers,
+        params,
+        opt_state,
         len(weights),
-        sizes_of(params, opt_state, len(outers)),
-        levels=levels,
-        offload=offload,
-        free_bytes=free_bytes(params),
-        has_host_memory=has_host_memory(params),
-    )
-    program = Program(
-        loss=loss,
-        outers=tuple(outers.values()),
         stacked=isinstance(outer, Mapping),
         optimizer=optimizer,
         microbatch=microbatch,
+        tape=tape,
+        levels=levels,
+        offload=offload,
         differentiation=differentiation,
-        singular=singular,
-        skips=slots(plan, len(weights)) != len(weights),
+        free_bytes=free_bytes(params),
         mesh=_mesh(batches),
     )
     walk = _in_segments if plan.spans else _in_one
     end, phi, carry, scores, masked = walk(program, plan, (params, opt_state), batches, weights)
     probe = _mean_cotangent(carry.probe, weights.size)
-    if not all(finite((phi, scores, probe))):
+    if not finite((phi, scores, probe)):
         raise explain(program, (params, opt_state), batches, weights, phi, scores, probe)
     _warn_of_zeros(scores)
     if program.stacked:

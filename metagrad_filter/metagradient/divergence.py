@@ -69,7 +69,7 @@ def explain(
                 step=step,
                 windows=everyone,
             )
-        if not all(finite(after)):
+        if not finite(after):
             return NonFiniteMetagradient(
                 f"the optimizer's update is not finite at step {step} although its gradient is; "
                 "lower its learning rate or raise its eps.",
@@ -157,8 +157,8 @@ def _steps(
     def look(state: State, batch: PyTree, w: jax.Array):
         params, opt_state = state
         gradient = weighted_gradient(loss, params, batch, w, microbatch)
-        whole = jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(gradient)]).all()
-        return apply_update(optimizer, params, opt_state, gradient), loss(params, batch), whole
+        after = apply_update(optimizer, params, opt_state, gradient)
+        return after, loss(params, batch), finite(gradient)
 
     for step, w in enumerate(weights):
         batch = jax.tree.map(lambda x, t=step: x[t], batches)

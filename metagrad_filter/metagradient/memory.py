@@ -17,17 +17,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metagrad_filter.metagradient.optimizer import singular_moments
-from metagrad_filter.metagradient.sweep import (
-    Program,
-    Segment,
-    advance,
-    begin,
-    slots,
-    sweep,
-    sweep_whole,
-)
-from metagrad_filter.metagradient.tape import Tape, choose_tape, has_host_memory, sizes_of
+from metagrad_filter.errors import ConfigError
+from metagrad_filter.metagradient.plan import plan_sweep
+from metagrad_filter.metagradient.sweep import Segment, advance, begin, sweep, sweep_whole
+from metagrad_filter.metagradient.tape import Tape, sizes_of
 from metagrad_filter.types import Loss, Outer, PyTree
 
 
@@ -74,30 +67,31 @@ def predict_memory(
       free_bytes: device memory that "auto" may count on, None for unknown.
 
     The other arguments are those of `metagradients`; arrays may be `jax.ShapeDtypeStruct`s.
+
+    Returns:
+      `MemoryPrediction`, in bytes.
+
+    Raises:
+      ConfigError: an argument is out of its domain, or this jax backend does not say what its
+        programs take.
     """
     shapes = jax.eval_shape(lambda *x: x, params, opt_state, batches)
     state, batches = (shapes[0], shapes[1]), shapes[2]
     outers = dict(outer) if isinstance(outer, Mapping) else {"": outer}
     steps, size = jax.tree.leaves(batches)[0].shape[:2]
-    plan = choose_tape(
-        tape,
+    program, plan = plan_sweep(
+        loss,
+        outers,
+        *state,
         steps,
-        sizes_of(*state, len(outers)),
-        levels=levels,
-        offload=offload,
-        free_bytes=free_bytes,
-        has_host_memory=has_host_memory(params),
-    )
-    program = Program(
-        loss=loss,
-        outers=tuple(outers.values()),
         stacked=isinstance(outer, Mapping),
         optimizer=optimizer,
         microbatch=microbatch,
+        tape=tape,
+        levels=levels,
+        offload=offload,
         differentiation=differentiation,
-        singular=singular_moments(optimizer, *state),
-        skips=slots(plan, steps) != steps,
-        mesh=None,
+        free_bytes=free_bytes,
     )
     blocks = math.ceil((plan.spans[-1] if plan.spans else steps) / plan.block)
 
@@ -129,13 +123,25 @@ def predict_memory(
     return MemoryPrediction(kept + max(programs.values()), programs, kept, host, plan)
 
 
-def _taken(lowered: jax.stages.Lowered) -> int:
-    found = lowered.compile().memory_analysis()
+def program_bytes(compiled: jax.stages.Compiled) -> int:
+    """Device memory in bytes that a compiled program takes: arguments, results, temporaries.
+
+    Raises:
+      ConfigError: this jax backend does not say.
+    """
+    found = compiled.memory_analysis()
     if found is None:
-        raise NotImplementedError("this jax backend does not report the memory of its programs")
+        raise ConfigError(
+            f"the jax backend {jax.default_backend()!r} does not say what its programs take; "
+            "predict on another one, for instance with JAX_PLATFORMS=cpu."
+        )
     return int(
         found.argument_size_in_bytes
         + found.output_size_in_bytes
         - found.alias_size_in_bytes
         + found.temp_size_in_bytes
     )
+
+
+def _taken(lowered: jax.stages.Lowered) -> int:
+    return program_bytes(lowered.compile())

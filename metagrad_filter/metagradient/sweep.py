@@ -204,6 +204,6 @@ def _walk_back(program: Program, tape: Any, state: State, segment: Segment, carr
 
 
 @jax.jit
-def finite(tree: PyTree) -> list[jax.Array]:
-    """Whether each leaf is finite throughout."""
-    return [jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]
+def finite(tree: PyTree) -> jax.Array:
+    """Whether every leaf is finite throughout, a bool scalar."""
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()

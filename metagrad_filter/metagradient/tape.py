@@ -122,9 +122,15 @@ def choose_tape(
             "'segments' or 'auto'."
         )
     if offload and levels not in (None, 1):
-        raise ConfigError(f"levels={levels!r} with offload=True; anchors in host memory need one.")
+        raise ConfigError(
+            f"levels={levels!r} with offload=True; anchors in host memory are kept on one level: "
+            "pass either."
+        )
     if offload and not has_host_memory:
-        raise ConfigError("offload=True, but this device has no pinned host memory beside its own.")
+        raise ConfigError(
+            "offload=True, but this device has no pinned host memory beside its own; leave offload "
+            "out and pass levels=2 or 3 to keep less."
+        )
 
     def tape(kind: Kind, levels: int = 1, offload: bool = False) -> Tape:
         spans = () if kind != "segments" else _spans(steps, levels, sizes, offload)
@@ -172,8 +178,11 @@ def free_bytes(params: PyTree) -> int | None:
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
-    if device.platform != "cpu":
-        return None
+    return available_host_bytes() if device.platform == "cpu" else None
+
+
+def available_host_bytes() -> int | None:
+    """Main memory in bytes that programs can still have, or None where the system does not say."""
     try:
         with open("/proc/meminfo") as lines:
             found = dict(line.split(":", 1) for line in lines)
