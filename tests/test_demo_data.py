@@ -192,7 +192,7 @@ def article(*parts: str, language: str = "eng") -> str:
 
 def pubmed(*articles: str) -> bytes:
     xml = f"<PubmedArticleSet>{''.join(articles)}</PubmedArticleSet>"
-    return gzip.compress(xml.encode())
+    return gzip.compress(xml.encode(), mtime=0)
 
 
 def test_pubmed_keeps_long_english_abstracts_once():
@@ -214,9 +214,10 @@ def test_pubmed_keeps_long_english_abstracts_once():
     [
         (b"not gzip", "cannot be read"),
         (pubmed(article("a b"))[:-12], "cannot be read"),
-        (gzip.compress(b"<PubmedArticleSet><Pub"), "cannot be read"),
+        (gzip.compress(b"<PubmedArticleSet><Pub", mtime=0), "cannot be read"),
         (pubmed(article("too short")), "no English abstract"),
     ],
+    ids=["not_gzip", "cut_short", "broken_xml", "nothing_to_keep"],
 )
 def test_an_unusable_pubmed_file_is_a_data_error(content, message):
     with pytest.raises(DataError, match=message):
