@@ -13,21 +13,23 @@ VOCAB = 100
 
 
 def make_scorer(seed: int = 0, *, bits: int = 6, deep: bool = False, **fields: Any) -> Scorer:
-    """Returns a random scorer, different for every seed."""
+    """Returns a random scorer, different for every seed; `deep` has a hidden part."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int) -> np.ndarray:
         return rng.normal(size=shape).astype(np.float32)
 
+    width = 24 if deep else 1
+    fields = {"table": normal(1 << bits, width)} | fields
     if deep:
-        fields |= {
-            "embedding": normal(1 << 5, 24),
-            "hidden_kernel": normal(24, 40),
+        fields = {
+            "skip": normal(width),
+            "hidden_kernel": normal(width, 40),
             "hidden_bias": normal(40),
             "output_kernel": normal(40),
-        }
+        } | fields
     fields = {"strength": math.inf, "bias": 0.25, "metadata": {"seed": seed}} | fields
-    return Scorer(VOCAB, bits, seed, normal(1 << bits), **fields)
+    return Scorer(VOCAB, seed, **fields)
 
 
 def make_windows(n: int, length: int = 16, seed: int = 0) -> np.ndarray:

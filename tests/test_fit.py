@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 import metagrad_filter as mgf
 from metagrad_filter.errors import ConfigError, WindowError
 from metagrad_filter.scorer import fit
+from metagrad_filter.scorer.features import ngram_rows
 from metagrad_filter.scorer.fit import distinct_windows, fit_scorer, held_out
 from metagrad_filter.statistics import rank_correlation
 
-VOCAB, LENGTH, BITS = 40, 16, 12
+VOCAB, LENGTH = 40, 16
 
 
 def tokens(count, seed):
@@ -38,7 +39,7 @@ def world():
     true = worth(windows)
     noise = np.random.default_rng(2).normal(size=4000) * true.std() / 2
     labels = true + noise
-    scorer = fit_scorer(windows, labels, vocab_size=VOCAB, bits=BITS, deeper=False)
+    scorer = fit_scorer(windows, labels, vocab_size=VOCAB)
     return windows, labels, scorer
 
 
@@ -52,7 +53,10 @@ def agreement(scorer):
 def test_a_sum_of_ngram_weights_is_recovered_from_noisy_labels(world):
     _, _, scorer = world
     assert agreement(scorer) > 0.8
-    assert set(scorer.metadata) == {"form", "ridge", "labels", "rank_correlation"}
+    assert set(scorer.metadata) == {
+        "form", "preset", "ridge", "labels", "rank_correlation", "quantization", "reference"
+    }  # fmt: skip
+    assert scorer.table.shape == (2**20, 1) and scorer.table.dtype == np.int8
     assert scorer.metadata["form"] == "linear" and scorer.metadata["labels"] == 4000
     # Judged by noisy labels it cannot have seen: lower than by the truth, but not by luck.
     assert 0.5 < scorer.metadata["rank_correlation"] < agreement(scorer)
@@ -64,24 +68,21 @@ def test_monstrous_labels_hardly_change_the_ranking(world, share, drop):
     labels = labels.copy()
     hit = np.random.default_rng(4).choice(len(labels), int(share * len(labels)), replace=False)
     labels[hit] = np.random.default_rng(5).choice([-1e6, 1e6], len(hit)) * np.abs(labels[hit])
-    scorer = fit_scorer(windows, labels, vocab_size=VOCAB, bits=BITS, deeper=False)
+    scorer = fit_scorer(windows, labels, vocab_size=VOCAB)
     assert agreement(scorer) > agreement(clean) - drop
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**40])
 def test_the_same_seed_gives_the_same_scorer(world, seed):
     windows, labels, _ = world
-    fits = [
-        fit_scorer(windows[:300], labels[:300], vocab_size=VOCAB, bits=8, seed=seed)
-        for _ in range(2)
-    ]
+    fits = [fit_scorer(windows[:300], labels[:300], vocab_size=VOCAB, seed=seed) for _ in range(2)]
     assert fits[0].metadata == fits[1].metadata
     for name, tensor in fits[0].tensors().items():
         np.testing.assert_array_equal(tensor, fits[1].tensors()[name])
 
 
 def test_equal_labels_give_a_scorer_that_ranks_nothing():
-    scorer = fit_scorer(tokens(200, 1), np.full(200, 3.0), vocab_size=VOCAB, bits=BITS)
+    scorer = fit_scorer(tokens(200, 1), np.full(200, 3.0), vocab_size=VOCAB)
     assert np.ptp(scorer.score(FRESH)) < 1e-4
     assert scorer.metadata["rank_correlation"] == 0
 
@@ -90,7 +91,7 @@ def test_padding_carries_no_weight():
     windows = tokens(600, 1)
     labels = np.isin(windows, [3]).sum(axis=1).astype(float)
     windows[:, -5:] = -1
-    scorer = fit_scorer(windows, labels, vocab_size=VOCAB, pad_id=-1, bits=BITS, deeper=False)
+    scorer = fit_scorer(windows, labels, vocab_size=VOCAB, pad_id=-1)
     assert scorer.pad_id == -1
     longer = np.concatenate([windows, np.full((600, 4), -1, np.int32)], axis=1)
     np.testing.assert_allclose(scorer.score(longer), scorer.score(windows), rtol=1e-6)
@@ -114,13 +115,15 @@ def test_a_bag_is_kept_where_only_an_interaction_explains_the_labels():
     windows, labels = exclusive_or(4000, 1)
     unseen, truth = exclusive_or(1000, 2)
     found = {}
-    for deeper in (False, True):
-        scorer = fit_scorer(windows, labels, vocab_size=VOCAB, bits=BITS, deeper=deeper)
-        found[deeper] = rank_correlation(scorer.score(unseen), truth)
-        form = scorer.metadata["form"]
-    assert found[False] < 0.15
-    assert form == "linear+bag"
-    assert found[True] > found[False] + 0.2
+    for preset in ("linear", "small"):
+        scorer = fit_scorer(windows, labels, vocab_size=VOCAB, preset=preset)
+        found[preset] = rank_correlation(scorer.score(unseen), truth)
+        quantization = scorer.metadata["quantization"]
+        assert quantization["rank_correlation_with_float32"] >= 0.999
+    assert scorer.metadata["form"] == "linear+bag" and scorer.metadata["preset"] == "small"
+    assert scorer.table.shape == (2**16, 32) and scorer.table.dtype == np.int8
+    assert found["linear"] < 0.15
+    assert found["small"] > found["linear"] + 0.2
 
 
 def test_a_bag_is_only_kept_for_a_better_choice(world, monkeypatch):
@@ -130,19 +133,86 @@ def test_a_bag_is_only_kept_for_a_better_choice(world, monkeypatch):
     for noise in (labels[:800], rng.normal(size=800)):
         tried = []
 
-        def spy(scorer, *rest, tried=tried, original=fit._fit_bag):
-            found = original(scorer, *rest)
-            tried.append((found, *rest))
+        def spy(*arguments, tried=tried, original=fit._fit_bag):
+            found = original(*arguments)
+            tried.append((found, *arguments))
             return found
 
         monkeypatch.setattr(fit, "_fit_bag", spy)
-        scorer = fit_scorer(windows[:800], noise, vocab_size=VOCAB, bits=BITS)
+        scorer = fit_scorer(windows[:800], noise, vocab_size=VOCAB, preset="small")
         monkeypatch.undo()
-        ((bag, all_windows, targets, _, choose, linear, _),) = tried
+        ((bag, _, _, all_windows, targets, _, choose, linear, _, _),) = tried
         assert scorer.metadata["form"] == ("linear" if bag is None else "linear+bag")
+        assert scorer.table.shape == (2**16, 1 if bag is None else 32)
         if bag is not None:
             chosen = rank_correlation(bag.score(all_windows[choose]), targets[choose])
             assert chosen > linear
+
+
+def test_padding_of_a_bag_carries_no_weight():
+    windows, labels = exclusive_or(2000, 1)
+    scorer = fit_scorer(windows, labels, vocab_size=VOCAB, pad_id=-1, preset="small")
+    assert scorer.metadata["form"] == "linear+bag"
+    longer = np.concatenate([windows, np.full((2000, 4), -1, np.int32)], axis=1)
+    np.testing.assert_array_equal(scorer.score(longer), scorer.score(windows))
+
+
+# Rounding, and what is stored about the scores.
+
+
+def test_rounding_the_table_hardly_changes_the_ranking(world):
+    windows, labels, scorer = world
+    scorers = {"int8": scorer}
+    for dtype in ("float16", "float32"):
+        scorers[dtype] = fit_scorer(windows, labels, vocab_size=VOCAB, dtype=dtype)
+    for dtype, rounded in scorers.items():
+        assert rounded.table.dtype == dtype
+        measured = rounded.metadata["quantization"]
+        assert measured["dtype"] == dtype
+        exact = rank_correlation(rounded.score(FRESH), scorers["float32"].score(FRESH))
+        assert min(exact, measured["rank_correlation_with_float32"]) >= 0.999
+    assert scorers["float32"].metadata["rank_correlation"] == measured["rank_correlation_float32"]
+
+
+def test_weights_with_heavy_tails_are_clipped_where_that_ranks_better():
+    rng = np.random.default_rng(0)
+    table = rng.standard_t(3.0, size=(2**14, 1)).astype(np.float32)
+    # A few rows that windows hardly ever read must not cost the others their steps.
+    table[:4] = 1e3
+    frequencies = np.full(2**14, 1000)
+    frequencies[:4] = 1
+    exact = mgf.Scorer(50_000, 3, table)
+    windows = rng.integers(0, 50_000, (1000, 64)).astype(np.int32)
+    rows = ngram_rows(windows, bits=14, hash_seed=3)
+    windows = windows[~(rows < 4).any(axis=1)]
+    scores = {
+        name: scorer.score(windows)
+        for name, scorer in {
+            "exact": exact,
+            "clipped": exact.quantized("int8", frequencies=frequencies),
+            "plain": replace(
+                exact,
+                table=np.rint(table / (1e3 / 127)).astype(np.int8),
+                scale=np.full(1, 1e3 / 127, np.float32),
+            ),
+        }.items()
+    }
+    assert rank_correlation(scores["clipped"], scores["exact"]) > 0.995
+    assert rank_correlation(scores["plain"], scores["exact"]) < 0.8
+
+
+def test_the_reference_holds_the_quantiles_of_the_scores(world):
+    windows, _, scorer = world
+    reference = scorer.metadata["reference"]
+    assert len(reference) == 257 and all(type(q) is float for q in reference)
+    scores = scorer.score(windows)
+    assert (reference[0], reference[256]) == (scores.min(), scores.max())
+    shares = [(scores <= reference[level]).mean() for level in (64, 128, 192)]
+    np.testing.assert_allclose(shares, [0.25, 0.5, 0.75], atol=0.01)
+    assert [float(np.float32(q)) for q in reference] == reference
+    many = np.arange(10_001)
+    assert len(fit.reference_windows(many)) == 3334
+    assert len(fit.reference_windows(many[:4096])) == 4096
 
 
 # Windows that judge are not windows that are fitted.
@@ -164,8 +234,8 @@ def test_held_out_labels_have_no_influence_on_the_scorer(world):
     test = held_out(500, 0)
     # Permuted among themselves, so that the ranks of all others stay.
     changed[test] = labels[test][::-1]
-    fits = [fit_scorer(windows, y, vocab_size=VOCAB, bits=BITS) for y in (labels, changed)]
-    np.testing.assert_array_equal(fits[0].linear, fits[1].linear)
+    fits = [fit_scorer(windows, y, vocab_size=VOCAB) for y in (labels, changed)]
+    np.testing.assert_array_equal(fits[0].table, fits[1].table)
     assert fits[0].metadata["rank_correlation"] != fits[1].metadata["rank_correlation"]
 
 
@@ -184,10 +254,8 @@ def test_repeated_windows_are_merged_into_their_mean(rows):
 def test_a_window_labelled_twice_cannot_be_fitted_and_judged(world):
     windows, labels, _ = world
     twice = np.concatenate([windows[:400], windows[:400]])
-    repeated = fit_scorer(
-        twice, np.concatenate([labels[:400]] * 2), vocab_size=VOCAB, bits=BITS, deeper=False
-    )
-    once = fit_scorer(windows[:400], labels[:400], vocab_size=VOCAB, bits=BITS, deeper=False)
+    repeated = fit_scorer(twice, np.concatenate([labels[:400]] * 2), vocab_size=VOCAB)
+    once = fit_scorer(windows[:400], labels[:400], vocab_size=VOCAB)
     np.testing.assert_allclose(repeated.score(FRESH), once.score(FRESH), atol=1e-2)
     # A leak would show as a correlation near one.
     assert repeated.metadata["rank_correlation"] == pytest.approx(
@@ -196,7 +264,7 @@ def test_a_window_labelled_twice_cannot_be_fitted_and_judged(world):
 
 
 ERRORS = {
-    "series": ({"kind": "series"}, ConfigError, "'series'"),
+    "another kind": ({"kind": "image"}, ConfigError, "'image'"),
     "no vocabulary": ({"vocab_size": None}, ConfigError, "vocab_size is missing"),
     "an id too large": ({"vocab_size": 39}, WindowError, "id 39"),
     "floats": ({"windows": tokens(100, 1) / 2}, WindowError, "float64"),
@@ -206,7 +274,8 @@ ERRORS = {
     "a label NaN": ({"labels": np.r_[np.nan, np.ones(99)]}, WindowError, "1 non-finite"),
     "too few": ({"windows": tokens(49, 1), "labels": np.ones(49)}, WindowError, "49 distinct"),
     "copies": ({"windows": np.ones((100, 4), np.int32)}, WindowError, "1 distinct"),
-    "bits": ({"bits": 25}, ConfigError, "25"),
+    "preset": ({"preset": "huge"}, ConfigError, "'huge'"),
+    "dtype": ({"dtype": "int4"}, ConfigError, "'int4'"),
 }
 
 
@@ -220,7 +289,7 @@ def test_errors_name_the_value(case):
 
 def test_a_published_fit_scores_in_an_interpreter_that_cannot_import_jax(world, tmp_path):
     windows, labels = exclusive_or(1500, 1)
-    deep = fit_scorer(windows, labels, vocab_size=VOCAB, bits=BITS)
+    deep = fit_scorer(windows, labels, vocab_size=VOCAB, preset="small")
     registry = mgf.Registry(tmp_path)
     scorers = [world[2], replace(deep, strength=2.0)]
     versions = [registry.publish(scorer) for scorer in scorers]

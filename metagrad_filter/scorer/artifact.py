@@ -1,50 +1,105 @@
 """A scorer as bytes: safetensors payload + JSON manifest, verified before anything uses it.
 
     dump(scorer)            -> payload bytes, manifest dict
-    load(payload, manifest) -> Scorer, or ScorerRejected with a one-word reason
+    load(payload, manifest) -> a scorer, or ScorerRejected with a one-word reason
 
-The manifest names every tensor with dtype and shape, the payload's SHA-256, and the scores of
-eight golden windows that travel in the payload; it ends with a SHA-256 over itself. `load` checks
-in the order in which a check is cheap and safe: sizes, hashes, header, tensors, finiteness, golden
-scores. Nothing in it can run, and whatever bytes come in, the only exception is `ScorerRejected`.
+Scorers of every kind go through here; `StoredScorer` is all that this file knows about one. The
+manifest names every tensor with dtype and shape, the payload's SHA-256, and the scores of eight
+golden windows; it ends with a SHA-256 over itself. `load` checks in the order in which a check is
+cheap and safe: sizes, hashes, header, tensors, finiteness, fields, golden scores. Nothing in it can
+run, and whatever bytes come in, the only exception is `ScorerRejected`.
 
 Read next: `registry.py` (where the two files live).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import safetensors.numpy
 
 from metagrad_filter.errors import ConfigError, MetagradFilterError, ScorerRejected
 from metagrad_filter.files import canonical_json
-from metagrad_filter.scorer.features import ngram_rows
 from metagrad_filter.scorer.scorer import Scorer
 
-FORMAT = 1
+FORMAT = 2
 MAX_PAYLOAD_BYTES = 64 * 2**20
 MAX_MANIFEST_BYTES = 2**20
 MAX_HEADER_BYTES = 64 * 2**10
 GOLDEN_COUNT = 8
-GOLDEN_LENGTH = 32
 GOLDEN_TOLERANCE = 1e-5
 
-_GOLDEN = "golden_windows"
 _FIELDS = {
-    "format", "kind", "vocab_size", "bits", "embedding_bits", "hash_seed", "pad_id", "bias",
-    "strength", "tensors", "payload_bytes", "sha256", "golden", "metadata", "manifest_sha256",
+    "format", "kind", "fields", "strength", "tensors", "payload_bytes", "sha256", "golden",
+    "metadata", "manifest_sha256",
 }  # fmt: skip
-_SAFETENSORS_DTYPES = {"float32": "F32", "int32": "I32"}
+_DTYPES = {"float32": ("F32", 4), "float16": ("F16", 2), "int8": ("I8", 1)}
 
 
-def dump(scorer: Scorer) -> tuple[bytes, dict[str, Any]]:
+class StoredScorer(Protocol):
+    """What a scorer of any kind offers to be stored and rebuilt.
+
+    Attributes:
+      kind: names the class in manifests.
+      strength: how strongly the filter may act, in [0, inf].
+      metadata: JSON types.
+    """
+
+    kind: ClassVar[str]
+
+    @property
+    def strength(self) -> float: ...
+
+    @property
+    def metadata(self) -> dict[str, Any]: ...
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Returns the arrays that make the score; float32, float16 or int8."""
+        ...
+
+    def fields(self) -> dict[str, Any]:
+        """Returns the scalars that make the score; JSON types."""
+        ...
+
+    @classmethod
+    def from_parts(
+        cls,
+        fields: dict[str, Any],
+        tensors: dict[str, np.ndarray],
+        *,
+        strength: float,
+        metadata: dict[str, Any],
+    ) -> StoredScorer:
+        """Rebuilds a scorer; raises `ConfigError` on any name, type, shape or dtype that is odd."""
+        ...
+
+    def golden_windows(self) -> np.ndarray:
+        """Returns eight self-test windows, a pure function of the fields."""
+        ...
+
+    def score(self, windows: np.ndarray) -> np.ndarray:
+        """Scores `(N, ...)` windows as `(N,)` float32."""
+        ...
+
+
+def class_of(kind: Any) -> type[StoredScorer] | None:
+    """Returns the class of scorers of a kind, or None for an unknown kind."""
+    if kind == "text":
+        return Scorer
+    if kind == "series":
+        # A loader of text has no use for it.
+        from metagrad_filter.scorer.series import SeriesScorer
+
+        return SeriesScorer
+    return None
+
+
+def dump(scorer: StoredScorer) -> tuple[bytes, dict[str, Any]]:
     """Encodes a scorer.
 
     Args:
@@ -52,30 +107,31 @@ def dump(scorer: Scorer) -> tuple[bytes, dict[str, Any]]:
 
     Returns:
       The safetensors payload and the manifest (JSON types only). Raises `ConfigError` when the
-      payload is too large or the metadata is not JSON.
+      payload is too large, the golden scores are not finite or the metadata is not JSON.
     """
-    golden = golden_windows(scorer.vocab_size, scorer.hash_seed)
-    tensors = scorer.tensors() | {_GOLDEN: golden}
-    payload = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in tensors.items()})
-    if len(payload) > MAX_PAYLOAD_BYTES:
+    tensors = scorer.tensors()
+    size = sum(tensor.nbytes for tensor in tensors.values()) + MAX_HEADER_BYTES
+    if size > MAX_PAYLOAD_BYTES:
         raise ConfigError(
-            f"The scorer takes {len(payload)} bytes, at most {MAX_PAYLOAD_BYTES} can be published; "
-            "fit with fewer bits or a narrower embedding."
+            f"The scorer takes {size} bytes, at most {MAX_PAYLOAD_BYTES} can be published; "
+            "quantise it to int8, or fit a smaller preset."
+        )
+    payload = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in tensors.items()})
+    golden = [float(s) for s in scorer.score(scorer.golden_windows())]
+    if not all(map(math.isfinite, golden)):
+        raise ConfigError(
+            f"The scorer scores its golden windows as {golden}, expected finite scores; fit again "
+            "with labels of a smaller range."
         )
     manifest = {
         "format": FORMAT,
         "kind": scorer.kind,
-        "vocab_size": scorer.vocab_size,
-        "bits": scorer.bits,
-        "embedding_bits": scorer.embedding_bits,
-        "hash_seed": scorer.hash_seed,
-        "pad_id": scorer.pad_id,
-        "bias": float(scorer.bias),
+        "fields": scorer.fields(),
         "strength": "inf" if math.isinf(scorer.strength) else float(scorer.strength),
         "tensors": {k: [str(v.dtype), list(v.shape)] for k, v in tensors.items()},
         "payload_bytes": len(payload),
         "sha256": hashlib.sha256(payload).hexdigest(),
-        "golden": [float(s) for s in scorer.score(golden)],
+        "golden": golden,
         "metadata": scorer.metadata,
     }
     try:
@@ -122,15 +178,7 @@ def parse_manifest(data: bytes) -> dict[str, Any]:
     return manifest
 
 
-def golden_windows(vocab_size: int, hash_seed: int) -> np.ndarray:
-    """Returns the `(8, 32)` int32 self-test windows of a scorer, a function of its hash seed."""
-    count = GOLDEN_COUNT * GOLDEN_LENGTH
-    positions = np.arange(count, dtype=np.int32)[:, None]
-    values = ngram_rows(positions, bits=24, hash_seed=hash_seed)[:, 0]
-    return (values % np.uint32(vocab_size)).astype(np.int32).reshape(GOLDEN_COUNT, GOLDEN_LENGTH)
-
-
-def load(payload: bytes, manifest: Mapping[str, Any]) -> Scorer:
+def load(payload: bytes, manifest: Mapping[str, Any]) -> Any:
     """Verifies and decodes a scorer.
 
     Args:
@@ -138,9 +186,9 @@ def load(payload: bytes, manifest: Mapping[str, Any]) -> Scorer:
       manifest: as returned by `dump` or `parse_manifest`; a `version` field may have been added.
 
     Returns:
-      The scorer. Raises only `ScorerRejected`, whose `reason` is one of: payload_size, manifest,
-      manifest_size, manifest_sha256, format, truncated, sha256, header, tensors, non_finite,
-      fields, golden, malformed.
+      The scorer, of the class of its kind. Raises only `ScorerRejected`, whose `reason` is one of:
+      payload_size, manifest, manifest_size, manifest_sha256, format, truncated, sha256, header,
+      tensors, non_finite, fields, golden, malformed.
     """
     try:
         return _load(payload, manifest)
@@ -153,7 +201,7 @@ def load(payload: bytes, manifest: Mapping[str, Any]) -> Scorer:
         ) from error
 
 
-def _load(payload: bytes, manifest: Mapping[str, Any]) -> Scorer:
+def _load(payload: bytes, manifest: Mapping[str, Any]) -> StoredScorer:
     _require(
         len(payload) <= MAX_PAYLOAD_BYTES,
         "payload_size",
@@ -180,32 +228,25 @@ def _load(payload: bytes, manifest: Mapping[str, Any]) -> Scorer:
         "sha256",
         "the payload's SHA-256 differs from the manifest's",
     )
+    kind, fields, strength = manifest["kind"], manifest["fields"], manifest["strength"]
+    found = class_of(kind)
+    _require(found is not None, "fields", f"its kind is {str(kind)[:40]!r}, a kind unknown here")
+    _require(isinstance(fields, dict), "fields", "its fields are not a JSON object")
+    assert found is not None
     _check_header(payload, manifest["tensors"])
     tensors = safetensors.numpy.load(payload)
     for name, array in tensors.items():
         _require(bool(np.isfinite(array).all()), "non_finite", f"tensor {name} holds NaN or inf")
-    golden = tensors.pop(_GOLDEN)
-    strength = manifest["strength"]
     try:
-        scorer = Scorer(
-            kind=manifest["kind"],
-            vocab_size=manifest["vocab_size"],
-            bits=manifest["bits"],
-            hash_seed=manifest["hash_seed"],
-            pad_id=manifest["pad_id"],
-            bias=manifest["bias"],
+        scorer = found.from_parts(
+            fields,
+            tensors,
             strength=math.inf if strength == "inf" else strength,
             metadata=manifest["metadata"],
-            **tensors,
         )
     except (MetagradFilterError, TypeError) as error:
-        raise ScorerRejected(f"The scorer's fields are invalid: {error}", reason="fields") from None
-    _require(
-        scorer.embedding_bits == manifest["embedding_bits"],
-        "fields",
-        f"embedding_bits is {manifest['embedding_bits']!r}, the tensor has {scorer.embedding_bits}",
-    )
-    _check_golden(scorer, golden, manifest["golden"])
+        raise ScorerRejected(f"The scorer's parts are invalid: {error}", reason="fields") from None
+    _check_golden(scorer, manifest["golden"])
     return scorer
 
 
@@ -224,6 +265,7 @@ def _check_seal(manifest: Mapping[str, Any]) -> None:
 
 
 def _check_header(payload: bytes, tensors: Mapping[str, Any]) -> None:
+    """Compares the payload's own table of contents with the manifest's, before it is decoded."""
     _require(len(payload) >= 8, "header", "the payload is shorter than a header")
     length = int.from_bytes(payload[:8], "little")
     _require(
@@ -231,33 +273,44 @@ def _check_header(payload: bytes, tensors: Mapping[str, Any]) -> None:
         "header",
         f"the header claims {length} bytes",
     )
-    header = json.loads(payload[8 : 8 + length])
-    allowed = {field.name for field in dataclasses.fields(Scorer)} | {_GOLDEN}
+    header = json.loads(payload[8 : 8 + length], object_pairs_hook=_without_duplicates)
     _require(
-        isinstance(header, dict) and set(header) == set(tensors) and set(tensors) <= allowed,
+        isinstance(header, dict) and header.keys() == tensors.keys(),
         "tensors",
         "the payload's tensor names differ from the manifest's",
     )
-    for name, (dtype, shape) in tensors.items():
-        entry = header[name]
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape = tensors[name]
+        code, itemsize = _DTYPES.get(dtype, ("", 0))
+        begin, following = entry["data_offsets"]
         _require(
-            dtype == ("int32" if name == _GOLDEN else "float32")
-            and entry["dtype"] == _SAFETENSORS_DTYPES[dtype]
-            and entry["shape"] == shape,
+            entry["dtype"] == code
+            and entry["shape"] == shape
+            and all(type(size) is int and 0 <= size <= MAX_PAYLOAD_BYTES for size in shape)
+            and (begin, following - begin) == (end, math.prod(shape) * itemsize),
             "tensors",
-            f"tensor {name} is {entry['dtype']}{entry['shape']}, expected {dtype}{shape}",
+            f"tensor {name[:40]} is {str(entry)[:100]}, expected {str(dtype)[:20]}"
+            f"{str(shape)[:40]} at byte {end}",
         )
+        end = following
+    _require(end == len(payload) - 8 - length, "tensors", "the tensors do not fill the payload")
 
 
-def _check_golden(scorer: Scorer, windows: np.ndarray, expected: Any) -> None:
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    _require(len(found) == len(pairs), "tensors", "the header repeats a name")
+    return found
+
+
+def _check_golden(scorer: StoredScorer, expected: Any) -> None:
     _require(
-        windows.shape == (GOLDEN_COUNT, GOLDEN_LENGTH)
-        and isinstance(expected, list)
-        and len(expected) == GOLDEN_COUNT,
+        isinstance(expected, list) and len(expected) == GOLDEN_COUNT,
         "golden",
-        "the golden windows or their scores have another shape",
+        "the scores of the golden windows are not a list of eight",
     )
-    error = float(np.max(np.abs(scorer.score(windows).astype(np.float64) - np.array(expected))))
+    scores = scorer.score(scorer.golden_windows()).astype(np.float64)
+    error = float(np.max(np.abs(scores - np.array(expected, np.float64))))
     scale = max(1.0, float(np.max(np.abs(expected))))
     _require(
         error <= GOLDEN_TOLERANCE * scale,

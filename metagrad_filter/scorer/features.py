@@ -1,13 +1,12 @@
-"""Hashed n-grams: which table rows a window of token ids reads, and the mean of those rows.
+"""Hashed n-grams: which table rows a window of token ids reads.
 
-    windows (N, T) int32 -> rows (N, 2T-1) uint32 -> mean row (N, D) float64
+    windows (N, T) int32 -> rows (N, G) uint32, present (N, G) bool
 
-Unigrams and bigrams of ids are hashed into `2**bits` rows. This file is the definition; the C++
-kernel `kernels/scorer/ngram_bag.cpp` computes the same numbers, bit for bit, and
-faster. Integer hashing and sequential float64 sums make a window's result independent of the
-batch it arrives in and of the machine, which is what lets two workers rank a block alike.
+Unigrams, bigrams and trigrams of ids are hashed into `2**bits` rows. This file is the definition;
+`kernels/scorer/ngram_core.h` computes the same rows, and faster. Published tables depend on every
+constant here, so none of them ever changes.
 
-Read next: `scorer.py` (what is done with the mean), `fit.py` (how the table is learned).
+Read next: `kernels/scorer/ngram_reference.py` (what is summed), `scorer.py`, `fit.py`.
 """
 
 from __future__ import annotations
@@ -17,16 +16,17 @@ import numpy as np
 from metagrad_filter.errors import ConfigError, WindowError
 
 MAX_BITS = 24
+MAX_ORDERS = 3
+MAX_LENGTH = 1 << 22  # tokens of a window, so that sums of int8 weights fit 32 bits
 
 _UNIGRAM = np.uint32(0x9E3779B1)
 _FIRST = np.uint32(0x85EBCA77)
 _SECOND = np.uint32(0xC2B2AE3D)
+_THIRD = np.uint32(0x165667B1)
 _BIGRAM_SEED = 0x27D4EB2F
+_TRIGRAM_SEED = 0x94D049BB
 
 _INT32 = np.iinfo(np.int32)
-
-# Bounds the row temporaries of the reference to about a megabyte whatever the batch.
-_CHUNK_ROWS = 1 << 18
 
 
 def check_windows(windows: np.ndarray) -> np.ndarray:
@@ -39,6 +39,11 @@ def check_windows(windows: np.ndarray) -> np.ndarray:
         )
     if array.shape[1] == 0:
         raise WindowError("Windows have length 0, expected at least one token per window.")
+    if array.shape[1] > MAX_LENGTH:
+        raise WindowError(
+            f"Windows have length {array.shape[1]}, expected at most {MAX_LENGTH} tokens; cut "
+            "documents into windows before they are scored."
+        )
     if array.dtype.kind not in "iu":
         raise WindowError(f"Windows have dtype {array.dtype}, expected integer token ids.")
     if array.dtype != np.int32 and array.size:
@@ -79,6 +84,19 @@ def check_bits(bits: int) -> None:
         raise ConfigError(f"bits is {bits!r}, expected an int in [1, {MAX_BITS}].")
 
 
+def check_orders(orders: int) -> None:
+    """Raises `ConfigError` unless `orders` is 1, 2 or 3."""
+    if isinstance(orders, bool) or not isinstance(orders, int) or not 1 <= orders <= MAX_ORDERS:
+        raise ConfigError(
+            f"orders is {orders!r}, expected 1 (unigrams), 2 (and bigrams) or 3 (and trigrams)."
+        )
+
+
+def count_ngrams(length: int, orders: int) -> int:
+    """Returns G, the number of n-grams of a window of `length` tokens."""
+    return sum(max(0, length - n) for n in range(orders))
+
+
 def _mix(values: np.ndarray) -> np.ndarray:
     """Full-avalanche bijection of uint32 (the constants are the published `lowbias32`)."""
     values = values ^ (values >> np.uint32(16))
@@ -89,84 +107,56 @@ def _mix(values: np.ndarray) -> np.ndarray:
     return values
 
 
-def ngram_rows(windows: np.ndarray, *, bits: int, hash_seed: int) -> np.ndarray:
-    """Hashes unigrams and bigrams to table rows.
+def ngram_rows(windows: np.ndarray, *, bits: int, hash_seed: int, orders: int = 2) -> np.ndarray:
+    """Hashes the n-grams of windows to table rows.
 
     Args:
       windows: `(N, T)` integer token ids that fit int32, T >= 1.
       bits: the table has `2**bits` rows.
       hash_seed: uint32; two seeds give two unrelated hash functions.
+      orders: 1 unigrams, 2 bigrams as well, 3 trigrams as well.
 
     Returns:
-      `(N, 2T-1)` uint32 below `2**bits`: the T unigrams of a window, then its T-1 bigrams.
+      `(N, G)` uint32 below `2**bits`: the T unigrams of a window, its T-1 bigrams, its T-2
+      trigrams.
 
     Example:
       >>> ngram_rows(np.array([[1, 2, 3]], np.int32), bits=4, hash_seed=0).shape
       (1, 5)
     """
     check_bits(bits)
+    check_orders(orders)
     ids = check_windows(windows).view(np.uint32)
-    length = ids.shape[1]
-    shift = np.uint32(32 - bits)
-    seed = np.uint32(hash_seed)
-    bigram_seed = _mix(np.array([hash_seed ^ _BIGRAM_SEED], np.uint32))[0]
-    rows = np.empty((ids.shape[0], 2 * length - 1), np.uint32)
-    rows[:, :length] = _mix(ids * _UNIGRAM + seed) >> shift
-    first = ids[:, :-1] * _FIRST + bigram_seed
-    first ^= first >> np.uint32(15)
-    rows[:, length:] = _mix(first + ids[:, 1:] * _SECOND) >> shift
-    return rows
+    return np.concatenate(_hashes(ids, hash_seed, orders), axis=1) >> np.uint32(32 - bits)
 
 
-def present_ngrams(windows: np.ndarray, pad_id: int | None) -> np.ndarray:
-    """Returns `(N, 2T-1)` bool: False where an n-gram holds `pad_id`."""
+def ngram_columns(windows: np.ndarray, *, bits: int, hash_seed: int, orders: int) -> np.ndarray:
+    """Returns `ngram_rows` transposed, `(G, N)`: one n-gram of all windows lies together."""
+    ids = np.ascontiguousarray(windows.T).view(np.uint32)
+    hashes = [part.T for part in _hashes(ids.T, hash_seed, orders)]
+    return np.concatenate(hashes, axis=0) >> np.uint32(32 - bits)
+
+
+def _hashes(ids: np.ndarray, hash_seed: int, orders: int) -> list[np.ndarray]:
+    """Full 32-bit hashes by order of n-gram, `(N, T)`, `(N, T-1)`, `(N, T-2)` uint32."""
+    found = [_mix(ids * _UNIGRAM + np.uint32(hash_seed))]
+    if orders > 1:
+        first = ids[:, :-1] * _FIRST + _mix(np.array([hash_seed ^ _BIGRAM_SEED], np.uint32))
+        first ^= first >> np.uint32(15)
+        found.append(_mix(first + ids[:, 1:] * _SECOND))
+    if orders > 2:
+        # Both slices are empty for windows of one token.
+        first = found[1][:, :-1] ^ _mix(np.array([hash_seed ^ _TRIGRAM_SEED], np.uint32))
+        found.append(_mix(first + ids[:, 2:] * _THIRD))
+    return found
+
+
+def present_ngrams(windows: np.ndarray, pad_id: int | None, *, orders: int = 2) -> np.ndarray:
+    """Returns `(N, G)` bool: False where an n-gram holds `pad_id`."""
     if pad_id is None:
-        return np.ones((windows.shape[0], 2 * windows.shape[1] - 1), bool)
+        return np.ones((windows.shape[0], count_ngrams(windows.shape[1], orders)), bool)
     real = windows != pad_id
-    return np.concatenate([real, real[:, :-1] & real[:, 1:]], axis=1)
-
-
-def ngram_mean(
-    table: np.ndarray,
-    windows: np.ndarray,
-    *,
-    bits: int,
-    hash_seed: int,
-    pad_id: int | None = None,
-) -> np.ndarray:
-    """Averages the table rows of each window's present n-grams: the numpy reference.
-
-    An n-gram that holds `pad_id` is absent; a window without a present n-gram gives zeros.
-
-    Args:
-      table: `(2**bits, D)` float32.
-      windows: `(N, T)` int32.
-      bits: log2 of the number of table rows.
-      hash_seed: uint32.
-      pad_id: the padding id, or None when every id counts.
-
-    Returns:
-      `(N, D)` float64, summed in n-gram order.
-    """
-    windows = check_windows(windows)
-    check_bits(bits)
-    if table.ndim != 2 or table.shape[0] != 1 << bits or table.dtype != np.float32:
-        raise ConfigError(
-            f"table is {table.dtype}{table.shape}, expected float32 with 2**{bits} rows."
-        )
-    count, length = windows.shape
-    out = np.zeros((count, table.shape[1]), np.float64)
-    step = max(1, _CHUNK_ROWS // (2 * length - 1))
-    for start in range(0, count, step):
-        chunk = windows[start : start + step]
-        rows = ngram_rows(chunk, bits=bits, hash_seed=hash_seed)
-        present = present_ngrams(chunk, pad_id)
-        sums = out[start : start + step]
-        # One position at a time over all windows: numpy's own reductions add pairwise, and the
-        # order of the sum is part of the definition.
-        for gram in range(rows.shape[1]):
-            values = table[rows[:, gram]].astype(np.float64)
-            values[~present[:, gram]] = 0.0
-            sums += values
-        sums /= np.maximum(present.sum(axis=1), 1)[:, None]
-    return out
+    found = [real]
+    for n in range(1, orders):
+        found.append(found[-1][:, :-1] & real[:, n:])
+    return np.concatenate(found, axis=1)

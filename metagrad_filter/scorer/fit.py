@@ -2,19 +2,23 @@
 
 The start is ridge regression on hashed unigrams and bigrams (counts x inverse document frequency),
 solved by conjugate gradients; its strength of regularisation is chosen by rank correlation on
-labels that the fit has not seen. An embedding bag with a small head is then trained on what the
-linear solution leaves over, and kept only where it improves that same rank correlation. A linear
-model on n-grams averages the labels' noise away and can select better than its teacher; a bag
-without this discipline memorises the noise.
+labels that the fit has not seen. The embedding presets then train a bag with a small head on what
+the linear solution leaves over, and keep it only where it improves that same rank correlation. A
+linear model on n-grams averages the labels' noise away and can select better than its teacher; a
+bag without this discipline memorises the noise. Last, the table is rounded to int8, and what that
+costs is measured and stored.
 
-Cost: seconds for tens of thousands of windows on two CPU cores.
+Cost: seconds for tens of thousands of windows on two CPU cores; the embedding presets take several
+times as long as the linear one.
+
+Read next: `fit_series.py` (the same for time series), `scorer.py`.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -31,16 +35,59 @@ from metagrad_filter.scorer.features import (
     ngram_rows,
     present_ngrams,
 )
-from metagrad_filter.scorer.scorer import Scorer
+from metagrad_filter.scorer.scorer import DTYPES, Scorer
+from metagrad_filter.scorer.series import SeriesScorer
 from metagrad_filter.statistics import rank_correlation
+
+
+class Preset(NamedTuple):
+    """A size of scorer.
+
+    Attributes:
+      bits: log2 of the number of table rows.
+      width: columns of the table; 1 is the linear scorer alone.
+    """
+
+    bits: int
+    width: int
+
+
+PRESETS = {
+    "linear": Preset(20, 1),  # 1 MiB in int8
+    "embedding": Preset(18, 16),  # 4 MiB
+    "small": Preset(16, 32),  # 2 MiB
+    "large": Preset(20, 32),  # 32 MiB
+}
 
 _RIDGE = (1000.0, 300.0, 100.0, 30.0)  # descending: each solution starts the next
 _MAX_IDF = 6.0
-_BAG_BITS, _BAG_WIDTH, _HIDDEN = 14, 16, 32
+_HIDDEN = 32
+_BAG_DOCUMENTS = 3  # windows that an n-gram must occur in to be embedded
 _BAG_EPOCHS, _BAG_BATCH = 6, 256
 _BAG_OPTIMIZER = optax.adamw(3e-3, weight_decay=0.1)
 _BAG_MARGIN = 0.005  # rank correlation that the bag must add to be worth its cost
 _MINIMUM = 50
+_REFERENCE_QUANTILES, _REFERENCE_WINDOWS = 257, 4096
+
+
+@overload
+def fit_scorer(
+    windows: np.ndarray,
+    labels: np.ndarray,
+    *,
+    kind: Literal["text"] = "text",
+    vocab_size: int | None = None,
+    seed: int = 0,
+    pad_id: int | None = None,
+    preset: str = "linear",
+    dtype: str = "int8",
+) -> Scorer: ...
+
+
+@overload
+def fit_scorer(
+    windows: np.ndarray, labels: np.ndarray, *, kind: Literal["series"], seed: int = 0
+) -> SeriesScorer: ...
 
 
 def fit_scorer(
@@ -51,35 +98,46 @@ def fit_scorer(
     vocab_size: int | None = None,
     seed: int = 0,
     pad_id: int | None = None,
-    bits: int = 18,
-    deeper: bool = True,
-) -> Scorer:
+    preset: str = "linear",
+    dtype: str = "int8",
+) -> Scorer | SeriesScorer:
     """Fits a scorer that ranks windows as their labels do.
 
     Labels are replaced by Gaussian ranks first, for the raw tails of metagradients ruin a
-    least-squares fit. Ten per cent of the windows choose the regularisation and the depth, another
+    least-squares fit. Ten per cent of the windows choose the regularisation and the form, another
     ten per cent are never fitted and give the reported rank correlation.
 
     Args:
-      windows: `(N, T)` int32 token ids, N >= 50.
+      windows: `(N, T)` int32 token ids, or `(N, T, C)` float32 series; N >= 50.
       labels: `(N,)` scores, higher is better.
-      kind: "text".
-      vocab_size: ids lie in [0, vocab_size); the loader refuses others.
-      seed: of the hash, the split and the bag.
+      kind: "text" or "series".
+      vocab_size: ids lie in [0, vocab_size); the loader refuses others. Text only, like all below.
+      seed: of the hash, the split and the bag (series: of the split and its network).
       pad_id: id that pads windows and never counts.
-      bits: log2 of the number of table rows.
-      deeper: whether to try the embedding bag.
+      preset: "linear" (2^20 rows), or one that tries an embedding bag as well: "embedding"
+        (2^18 rows of 16), "small" (2^16 x 32), "large" (2^20 x 32).
+      dtype: of the table: "int8", "float16" or "float32".
 
     Returns:
-      `Scorer` with `metadata` of `rank_correlation` (held out), `ridge`, `form` ("linear" or
-      "linear+bag"), `labels`.
+      The scorer, with `metadata` of `rank_correlation` (held out), `form` ("linear" or
+      "linear+bag"), `preset`, `ridge`, `labels`, `quantization` (the `dtype`, the rank correlation
+      of the unrounded scorer, and that between both) and `reference` (257 quantiles of its scores,
+      levels 0 to 1, over up to 4096 of the windows). `fit_series` says what series scorers have.
 
     Raises:
-      ConfigError: `kind` is not available, or `vocab_size` is missing.
+      ConfigError: `kind`, `preset` or `dtype` is not available, or `vocab_size` is missing.
       WindowError: windows or labels cannot be used; says what was seen.
     """
+    if kind == "series":
+        from metagrad_filter.scorer.fit_series import fit_series
+
+        return fit_series(windows, labels, seed=seed)
     if kind != "text":
-        raise ConfigError(f"kind={kind!r}; this version fits 'text' scorers only.")
+        raise ConfigError(f"kind is {kind!r}, expected 'text' or 'series'.")
+    if preset not in PRESETS:
+        raise ConfigError(f"preset is {preset!r}, expected one of {', '.join(PRESETS)}.")
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
     if vocab_size is None:
         raise ConfigError(
             "vocab_size is missing; pass the tokenizer's, the loader checks ids by it."
@@ -92,12 +150,14 @@ def fit_scorer(
             f"labels have shape {labels.shape} and {int((~np.isfinite(labels)).sum())} non-finite "
             f"values; expected {len(windows)} finite numbers, one per window."
         )
+    count = len(labels)
     windows, targets = distinct_windows(windows, gaussian_ranks(labels))
     if len(windows) < _MINIMUM:
         raise WindowError(
             f"{len(windows)} distinct labelled windows; expected at least {_MINIMUM} to fit and to "
             "judge."
         )
+    bits, width = PRESETS[preset]
     features = _Features.of(windows, pad_id, bits, seed)
     test = held_out(len(windows), seed)
     rest = np.random.default_rng(seed).permutation(np.setdiff1d(np.arange(len(windows)), test))
@@ -105,11 +165,10 @@ def fit_scorer(
 
     def linear(weights: jax.Array, bias: jax.Array) -> Scorer:
         return Scorer(
-            vocab_size=vocab_size,
-            bits=bits,
-            hash_seed=seed & 0xFFFFFFFF,
+            vocab_size,
+            seed & 0xFFFFFFFF,
+            features.table(np.asarray(weights), bits),
             pad_id=pad_id,
-            linear=features.table(np.asarray(weights), bits),
             bias=float(bias),
         )
 
@@ -122,21 +181,46 @@ def fit_scorer(
     chosen, ridge, weights, bias = max(candidates, key=lambda c: c[0])
 
     bag = None
-    if deeper:
-        bag = _fit_bag(linear(weights, bias), windows, targets, fit, choose, chosen, seed)
+    if width > 1:
+        start = linear(weights, bias)
+        bag = _fit_bag(start, features, windows, targets, fit, choose, chosen, width, seed)
     if bag is not None:
         scorer, form = bag, "linear+bag"
     else:
         # The choosing windows have done their work, so the linear solution may have them too.
         scorer = linear(*_ridge(features.take(rest), jnp.asarray(targets[rest]), weights, ridge))
         form = "linear"
-    metadata = {
+    exact = scorer
+    scorer = exact.quantized(dtype, frequencies=features.frequencies(rest, bits))
+    scores, exact_scores = scorer.score(windows[test]), exact.score(windows[test])
+    metadata: dict[str, Any] = {
         "form": form,
+        "preset": preset,
         "ridge": ridge,
-        "labels": len(labels),
-        "rank_correlation": rank_correlation(scorer.score(windows[test]), targets[test]),
+        "labels": count,
+        "rank_correlation": rank_correlation(scores, targets[test]),
+        "quantization": {
+            "dtype": dtype,
+            "rank_correlation_float32": rank_correlation(exact_scores, targets[test]),
+            "rank_correlation_with_float32": rank_correlation(scores, exact_scores),
+        },
+        "reference": reference_quantiles(scorer.score(reference_windows(windows))),
     }
     return replace(scorer, metadata=metadata)
+
+
+def reference_windows(windows: np.ndarray) -> np.ndarray:
+    """Returns up to 4096 of `(N, ...)` windows, evenly spaced."""
+    return windows[:: -(-len(windows) // _REFERENCE_WINDOWS)]
+
+
+def reference_quantiles(scores: np.ndarray) -> list[float]:
+    """Returns 257 quantiles of scores at levels 0, 1/256, ..., 1, each a float32 value.
+
+    The filter's threshold and the drift monitor compare later scores with them.
+    """
+    levels = np.linspace(0, 1, _REFERENCE_QUANTILES)
+    return np.quantile(scores, levels).astype(np.float32).astype(float).tolist()
 
 
 def distinct_windows(windows: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -167,6 +251,7 @@ class _Features(NamedTuple):
     values: np.ndarray  # (N, G) float32: idf x length normalisation, 0 for absent n-grams
     rows: np.ndarray  # (F,) uint32
     idf: np.ndarray  # (F,) float32
+    documents: np.ndarray  # (F,) int64: windows that it occurs in
     grams: int  # n-grams of a full window
 
     @classmethod
@@ -183,7 +268,7 @@ class _Features(NamedTuple):
         # ridge parameter on one scale whatever the padding.
         scale = hashed.shape[1] / np.maximum(present.sum(axis=1, keepdims=True), 1)
         values = idf[columns] * present * scale.astype(np.float32)
-        return cls(columns, values, rows, idf, hashed.shape[1])
+        return cls(columns, values, rows, idf, documents, hashed.shape[1])
 
     @property
     def count(self) -> int:
@@ -193,10 +278,18 @@ class _Features(NamedTuple):
         return jnp.asarray(self.columns[index]), jnp.asarray(self.values[index])
 
     def table(self, weights: np.ndarray, bits: int) -> np.ndarray:
-        """Folds idf and the number of n-grams into `(2**bits,)` weights of a mean."""
-        table = np.zeros(1 << bits, np.float32)
-        table[self.rows] = weights * self.idf * self.grams
+        """Folds idf and the number of n-grams into `(2**bits, 1)` weights of a mean."""
+        table = np.zeros((1 << bits, 1), np.float32)
+        table[self.rows, 0] = weights * self.idf * self.grams
         return table
+
+    def frequencies(self, index: np.ndarray, bits: int) -> np.ndarray:
+        """Returns how often the windows `index` read each table row, `(2**bits,)` int64."""
+        found = np.zeros(1 << bits, np.int64)
+        # Absent n-grams have value 0, and so have those in (nearly) all windows, whose weight is 0.
+        read = self.columns[index][self.values[index] != 0]
+        found[self.rows] = np.bincount(read, minlength=self.count)
+        return found
 
 
 @jax.jit
@@ -226,33 +319,47 @@ def _ridge(matrix, targets, start, ridge) -> tuple[jax.Array, jax.Array]:
 class _Bag(nnx.Module):
     """Mean of n-gram embeddings -> hidden layer -> scalar; starts at exactly zero."""
 
-    def __init__(self, *, rngs: nnx.Rngs):
+    def __init__(self, rows: int, width: int, *, rngs: nnx.Rngs):
         self.embedding = nnx.Embed(
-            1 << _BAG_BITS,
-            _BAG_WIDTH,
-            embedding_init=nnx.initializers.normal(0.3),
-            rngs=rngs,
+            rows, width, embedding_init=nnx.initializers.normal(0.3), rngs=rngs
         )
-        self.hidden = nnx.Linear(_BAG_WIDTH, _HIDDEN, rngs=rngs)
+        self.hidden = nnx.Linear(width, _HIDDEN, rngs=rngs)
         self.output = nnx.Linear(
             _HIDDEN, 1, use_bias=False, kernel_init=nnx.initializers.zeros, rngs=rngs
         )
 
-    def __call__(self, rows: jax.Array, present: jax.Array) -> jax.Array:
-        weight = present / jnp.maximum(present.sum(axis=1, keepdims=True), 1)
+    def __call__(self, rows: jax.Array, weight: jax.Array) -> jax.Array:
         mean = jnp.einsum("ngd,ng->nd", self.embedding(rows), weight)
         return self.output(jax.nn.relu(self.hidden(mean)))[:, 0]
 
 
-def _fit_bag(scorer, windows, targets, fit, choose, chosen, seed) -> Scorer | None:
-    """Trains the bag on the linear residual; returns the deeper scorer if it ranks better.
+def _fit_bag(
+    scorer: Scorer,
+    features: _Features,
+    windows: np.ndarray,
+    targets: np.ndarray,
+    fit: np.ndarray,
+    choose: np.ndarray,
+    chosen: float,
+    width: int,
+    seed: int,
+) -> Scorer | None:
+    """Trains `width - 1` columns on the linear residual; returns that scorer if it ranks better.
 
-    `scorer` must not have seen the windows of `choose`, by which `chosen` was measured.
+    `scorer` must not have seen the windows of `choose`, by which `chosen` was measured. An n-gram
+    that is too rare to be learned keeps a row of zeros in those columns.
     """
     residual = (targets - scorer.score(windows)).astype(np.float32)
-    rows = ngram_rows(windows, bits=_BAG_BITS, hash_seed=scorer.hash_seed).astype(np.int32)
-    present = present_ngrams(windows, scorer.pad_id).astype(np.float32)
-    graph, state = nnx.split(_Bag(rngs=nnx.Rngs(seed)), nnx.Param)
+    common = np.flatnonzero(features.documents >= _BAG_DOCUMENTS)
+    if not len(common):
+        return None
+    position = np.full(features.count, -1)
+    position[common] = np.arange(len(common))
+    rows = position[features.columns].astype(np.int32)
+    present = present_ngrams(windows, scorer.pad_id)
+    weight = present / np.maximum(present.sum(axis=1, keepdims=True), 1) * (rows >= 0)
+    rows, weight = np.maximum(rows, 0), weight.astype(np.float32)
+    graph, state = nnx.split(_Bag(len(common), width - 1, rngs=nnx.Rngs(seed)), nnx.Param)
     params = nnx.to_pure_dict(state)
     opt_state = _BAG_OPTIMIZER.init(params)
     epoch = functools.partial(_bag_epoch, graph=graph)
@@ -261,15 +368,9 @@ def _fit_bag(scorer, windows, targets, fit, choose, chosen, seed) -> Scorer | No
     best: tuple[float, Scorer] | None = None
     for _ in range(_BAG_EPOCHS):
         order = rng.permutation(fit)[: len(fit) // size * size].reshape(-1, size)
-        batch = (rows[order], present[order], residual[order])
+        batch = (rows[order], weight[order], residual[order])
         params, opt_state = epoch(params, opt_state, batch)
-        deeper = replace(
-            scorer,
-            embedding=np.asarray(params["embedding"]["embedding"]),
-            hidden_kernel=np.asarray(params["hidden"]["kernel"]),
-            hidden_bias=np.asarray(params["hidden"]["bias"]),
-            output_kernel=np.asarray(params["output"]["kernel"])[:, 0],
-        )
+        deeper = _with_bag(scorer, features.rows[common], params)
         found = rank_correlation(deeper.score(windows[choose]), targets[choose])
         if best is not None and found < best[0]:
             break
@@ -277,11 +378,29 @@ def _fit_bag(scorer, windows, targets, fit, choose, chosen, seed) -> Scorer | No
     return best[1] if best is not None and best[0] > chosen + _BAG_MARGIN else None
 
 
+def _with_bag(scorer: Scorer, rows: np.ndarray, params: dict[str, Any]) -> Scorer:
+    """Puts a trained bag beside the weights of a linear scorer."""
+    embedding = np.asarray(params["embedding"]["embedding"])
+    kernel = np.asarray(params["hidden"]["kernel"])
+    table = np.zeros((len(scorer.table), 1 + embedding.shape[1]), np.float32)
+    table[:, 0] = scorer.table[:, 0]
+    table[rows, 1:] = embedding
+    return replace(
+        scorer,
+        table=table,
+        scale=None,
+        skip=None,
+        hidden_kernel=np.concatenate([np.zeros_like(kernel[:1]), kernel]),
+        hidden_bias=np.asarray(params["hidden"]["bias"]),
+        output_kernel=np.asarray(params["output"]["kernel"])[:, 0],
+    )
+
+
 @functools.partial(jax.jit, static_argnames="graph")
 def _bag_epoch(params, opt_state, batches, *, graph):
     def objective(params, batch):
-        rows, present, residual = batch
-        return jnp.mean((nnx.merge(graph, params)(rows, present) - residual) ** 2)
+        rows, weight, residual = batch
+        return jnp.mean((nnx.merge(graph, params)(rows, weight) - residual) ** 2)
 
     def step(carry, batch):
         params, opt_state = carry
