@@ -8,6 +8,7 @@ directory. A process killed in between leaves at most one temporary file, which 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -75,6 +76,19 @@ def replace_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def make_directory(directory: Path) -> None:
+    """Makes a directory and its parents, and makes their names survive a power loss."""
+    if directory.is_dir():
+        return
+    make_directory(directory.parent)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(directory)
+        sync_directory(directory.parent)
+        return
+    if not directory.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(directory))
 
 
 def sync_directory(directory: Path) -> None:

@@ -1,54 +1,78 @@
-"""What a run directory holds: versions, ledgers, rejected candidates, calibration rounds."""
+"""What a run holds: versions, ledgers, rejected candidates, calibration rounds."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import os
 from typing import Any
 
 from metagrad_filter.errors import ConfigError, ScorerRejected
-from metagrad_filter.ledger import Ledger
+from metagrad_filter.ledger import FOLDER as LEDGERS
+from metagrad_filter.ledger import Ledger, is_name
+from metagrad_filter.registry import FOLDER as REGISTRY
 from metagrad_filter.registry import Registry
+from metagrad_filter.store import Store, is_key, open_store
+
+_ROUNDS = "rounds"
+_MAX_RECORD_BYTES = 16 * 2**20
 
 
-def inspect_run(run_dir: str | Path) -> dict[str, Any]:
-    """Reads a run directory; JSON types only.
+def inspect_run(run_dir: str | os.PathLike[str] | Store) -> dict[str, Any]:
+    """Reads a run; JSON types only.
+
+    Args:
+      run_dir: a directory, a URL (see `open_store`), or a store.
 
     Returns:
       `versions` (each verified; `state` is "ok" or why it is refused), `ledgers` by filter name,
       `rejected` candidates with reasons, `rounds` reports.
 
     Raises:
-      ConfigError: there is no such directory, or nothing in it comes from this package.
+      ConfigError: nothing there comes from this package.
+      OSError: it cannot be read.
     """
-    run_dir = Path(run_dir)
-    parts = [run_dir / name for name in ("registry", "ledger", "rounds")]
-    if not any(part.is_dir() for part in parts):
+    store = open_store(run_dir)
+    names = {folder: store.names(folder) for folder in (REGISTRY, LEDGERS, _ROUNDS)}
+    if not any(names.values()):
         raise ConfigError(
-            f"{run_dir} is not a run directory: it has neither registry, ledger nor rounds; pass "
-            "the directory that score_filter and Calibrator were given."
+            f"{store.describe()} is not a run directory: it has neither registry, ledger nor "
+            "rounds; pass the directory that score_filter and Calibrator were given."
         )
-    registry, ledger, rounds = parts
-    reader = Registry(run_dir)
-    folders = ledger.iterdir() if ledger.is_dir() else ()
-    names = sorted(path.name for path in folders if path.is_dir())
+    registry = Registry(store)
     return {
-        "versions": [_version(reader, number) for number in reader.versions()],
-        "ledgers": {name: _ledger(run_dir, name) for name in names},
-        "rejected": [_record(path) for path in sorted(registry.glob("rejected-*.json"))],
-        "rounds": [_record(path) for path in sorted(rounds.glob("round-*.json"))],
+        "versions": [_version(registry, number) for number in registry.versions()],
+        "ledgers": {
+            name: ledger
+            for name in sorted(filter(is_name, names[LEDGERS]))
+            if (ledger := _ledger(store, name)) is not None
+        },
+        "rejected": _records(store, REGISTRY, "rejected-", names[REGISTRY]),
+        "rounds": _records(store, _ROUNDS, "round-", names[_ROUNDS]),
     }
 
 
-def _record(path: Path) -> dict[str, Any]:
+def _records(store: Store, folder: str, prefix: str, names: list[str]) -> list[dict[str, Any]]:
+    return [
+        _record(store, folder, name)
+        for name in sorted(names)
+        if name.startswith(prefix) and name.endswith(".json") and is_key(name)
+    ]
+
+
+def _record(store: Store, folder: str, name: str) -> dict[str, Any]:
     try:
-        return json.loads(path.read_bytes())
-    except ValueError:
-        return {"reason": f"{path.name} is damaged"}
+        record = json.loads(store.read(f"{folder}/{name}", _MAX_RECORD_BYTES))
+    except (ValueError, RecursionError, FileNotFoundError):
+        record = None
+    return record if isinstance(record, dict) else {"reason": f"{name} is damaged"}
 
 
-def _ledger(run_dir: Path, name: str) -> list[dict[str, Any]]:
-    entries = Ledger(run_dir, name).entries()
+def _ledger(store: Store, name: str) -> list[dict[str, Any]] | None:
+    try:
+        entries = Ledger(store, name).entries()
+    except NotADirectoryError:
+        # Something that lies beside the ledgers.
+        return None
     return [
         {"interval": interval, "version": entries[interval].version} for interval in sorted(entries)
     ]

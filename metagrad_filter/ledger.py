@@ -2,7 +2,7 @@
 
     run_dir/ledger/<name>/%08d.json = {"interval", "version", "manifest_sha256"}
 
-The first process that reaches an interval decides it, by creating a file that did not exist; every
+The first process that reaches an interval decides it, by creating a key that did not exist; every
 other process, every later epoch and every resumed run reads the same answer. This is what makes a
 stream reproducible while scorers are published beside it. Version 0 means that no scorer was
 there: a seeded uniform k of M. `filter.json` beside the entries records the filter's configuration
@@ -17,14 +17,16 @@ import json
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from metagrad_filter.errors import ConfigError, StateMismatch
-from metagrad_filter.files import canonical_json, read_bounded, write_once
+from metagrad_filter.files import canonical_json
+from metagrad_filter.store import Store, open_store
+
+FOLDER = "ledger"
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
-_ENTRY = re.compile(r"(\d{8,})\.json")
+_ENTRY = re.compile(r"(\d{8}|[1-9]\d{8,17})\.json", re.ASCII)
 _MAX_ENTRY_BYTES = 64 * 2**10
 
 
@@ -47,19 +49,26 @@ class Ledger:
     """The decisions of one filter.
 
     Args:
-      run_dir: the run's directory.
+      run_dir: a directory, a URL (see `open_store`), or a store.
       name: one filter of the run, `[a-z0-9][a-z0-9_-]{0,63}`.
+
+    Attributes:
+      store: where the decisions are.
+      run_dir: its place: a path, or a URL as text.
+      directory: the place of `ledger/<name>` in it.
     """
 
-    def __init__(self, run_dir: str | os.PathLike[str], name: str = "default"):
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
+    def __init__(self, run_dir: str | os.PathLike[str] | Store, name: str = "default"):
+        if not is_name(name):
             raise ConfigError(
                 f"name is {name!r}, expected 1 to 64 characters a-z, 0-9, '_' or '-', "
                 "starting with a letter or digit."
             )
         self.name = name
-        self.run_dir = Path(run_dir)
-        self.directory = self.run_dir / "ledger" / name
+        self.store = open_store(run_dir)
+        self.run_dir = self.store.describe()
+        self._folder = f"{FOLDER}/{name}"
+        self.directory = self.store.describe(self._folder)
 
     def decide(self, interval: int, version: int, manifest_sha256: str = "") -> int:
         """Records a version for an interval unless one is recorded.
@@ -71,32 +80,28 @@ class Ledger:
 
         Returns:
           The recorded version, which is another process's if that came first. Raises `OSError`
-          when the directory cannot be written and `StateMismatch` when the record is damaged.
+          when the store cannot be written and `StateMismatch` when the record is damaged.
         """
         entry = Entry(interval, version, manifest_sha256)
         _check_entry(entry, interval, "the proposed decision")
-        self.directory.mkdir(parents=True, exist_ok=True)
-        if write_once(self._path(interval), canonical_json(vars(entry))):
+        if self.store.write_once(self._key(interval), canonical_json(vars(entry))):
             return version
         winner = self.read(interval)
         if winner is None:
             raise StateMismatch(
-                f"{self._path(interval)} vanished while it was read; decisions are never "
-                "deleted. Restore the ledger, or use another name."
+                f"{self.store.describe(self._key(interval))} vanished while it was read; decisions "
+                "are never deleted. Restore the ledger, or use another name."
             )
         return winner.version
 
     def read(self, interval: int) -> Entry | None:
         """Returns the decision for an interval, or None; raises `StateMismatch` if damaged."""
-        data = self._read(self._path(interval))
+        data = self._read(self._key(interval))
         return None if data is None else self._parse(data, interval)
 
     def entries(self) -> dict[int, Entry]:
         """Returns all decisions by interval, in order."""
-        try:
-            names = os.listdir(self.directory)
-        except FileNotFoundError:
-            return {}
+        names = self.store.names(self._folder)
         found = sorted(int(match[1]) for name in names if (match := _ENTRY.fullmatch(name)))
         return {n: entry for n in found if (entry := self.read(n)) is not None}
 
@@ -110,7 +115,7 @@ class Ledger:
         Returns:
           The ledger of the new name. Raises `StateMismatch` if it holds another decision.
         """
-        other = Ledger(self.run_dir, new_name)
+        other = Ledger(self.store, new_name)
         for interval, entry in self.entries().items():
             if up_to is not None and interval > up_to:
                 break
@@ -130,23 +135,20 @@ class Ledger:
 
         Raises:
           StateMismatch: another configuration is recorded; names the first field that differs.
-          OSError: the directory cannot be written.
+          OSError: the store cannot be written.
         """
-        path = self.directory / "filter.json"
-        data = self._read(path)
+        key = f"{self._folder}/filter.json"
+        data = self._read(key)
         if data is None:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            if write_once(path, canonical_json(config)):
+            if self.store.write_once(key, canonical_json(config)):
                 return
-            data = self._read(path)
+            data = self._read(key)
         try:
             recorded = json.loads(data or b"")
         except (ValueError, RecursionError):
             recorded = None
         if not isinstance(recorded, dict):
-            raise StateMismatch(
-                f"{path} is damaged; restore it, or use another name for this filter."
-            )
+            raise self._damaged(key, "not a JSON object")
         for field in sorted(recorded.keys() | config.keys()):
             if recorded.get(field) != config.get(field):
                 raise StateMismatch(
@@ -156,18 +158,16 @@ class Ledger:
                     "name= (Ledger.fork copies the decisions)."
                 )
 
-    def _path(self, interval: int) -> Path:
-        return self.directory / f"{interval:08d}.json"
+    def _key(self, interval: int) -> str:
+        return f"{self._folder}/{interval:08d}.json"
 
-    def _read(self, path: Path) -> bytes | None:
+    def _read(self, key: str) -> bytes | None:
         try:
-            return read_bounded(path, _MAX_ENTRY_BYTES)
+            return self.store.read(key, _MAX_ENTRY_BYTES)
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise StateMismatch(
-                f"{path} is damaged ({error}); restore it, or use another name for this filter."
-            ) from None
+            raise self._damaged(key, error) from None
 
     def _parse(self, data: bytes, interval: int) -> Entry:
         try:
@@ -177,11 +177,19 @@ class Ledger:
             entry = Entry(**value)
             _check_entry(entry, interval, "the entry")
         except (TypeError, ValueError, RecursionError) as error:
-            raise StateMismatch(
-                f"{self._path(interval)} is damaged ({error}), so the stream cannot be replayed; "
-                "restore the file, or use another name for this filter."
-            ) from None
+            raise self._damaged(self._key(interval), error) from None
         return entry
+
+    def _damaged(self, key: str, why: object) -> StateMismatch:
+        return StateMismatch(
+            f"{self.store.describe(key)} is damaged ({why}), so the stream cannot be replayed; "
+            "restore it, or use another name for this filter."
+        )
+
+
+def is_name(name: object) -> bool:
+    """Returns whether a ledger can have this name."""
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None
 
 
 def _check_entry(entry: Entry, interval: int, what: str) -> None:

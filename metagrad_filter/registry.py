@@ -1,13 +1,20 @@
-"""Published scorers: immutable, numbered versions in `run_dir/registry`.
+"""Published scorers: immutable, numbered versions under `registry/` of a run's store.
 
     publish(scorer) -> version        load(version) -> Scorer        latest_verified() -> both
 
-A version is two files, `%08d.safetensors` and `%08d.json`; it exists once the second is in place.
-Files are created whole and never modified, numbers only grow, and a reader verifies everything it
-reads, so it sees a complete version or none (`tests/test_registry.py` kills a publisher at every
-system call). Cost: one directory listing per look, one pass over the payload per load.
+A version is a payload and a manifest, `%08d.safetensors` and `%08d.json`; it exists once the second
+is in place. Both are created whole and never modified, numbers only grow, and a reader verifies
+everything it reads, so it sees a complete version or none, whoever dies while publishing and on
+whatever store (`tests/test_registry.py`). A `Registry` object also remembers what it has verified
+and refuses to be led back: to an older version, or to another one under the same number.
 
-Read next: `ledger.py` (which version scores which blocks).
+Publishers of one machine take turns, by a lock; publishers on several machines, or on a store
+without locks, each take the next free number, so a slower one may complete a smaller number after a
+larger one, which readers that have the larger one ignore. Cost: one listing per look, one pass
+over the payload per load.
+
+Read next: `store.py` (what is written where), `ledger.py` (which version scores which blocks),
+`watch.py` (a look that never waits).
 """
 
 from __future__ import annotations
@@ -18,45 +25,63 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from metagrad_filter.errors import ConfigError, PublishFailed, ScorerRejected
-from metagrad_filter.files import (
-    TEMPORARY,
-    canonical_json,
-    read_bounded,
-    sync_directory,
-    write_once,
-)
+from metagrad_filter.files import TEMPORARY, canonical_json
 from metagrad_filter.scorer import artifact
-from metagrad_filter.scorer.scorer import Scorer
+from metagrad_filter.store import Store, is_key, open_store
 
-try:
-    import fcntl
-except ImportError:  # Windows has no fcntl; publishers then rely on exclusive links alone.
-    fcntl = None
+FOLDER = "registry"
 
-_NAME = re.compile(r"(\d{8})\.(safetensors|json)")
-_REJECTED = re.compile(r"rejected-(\d+)\.json")
+_NAME = re.compile(r"(\d{8})\.(safetensors|json)", re.ASCII)
+_REJECTED = re.compile(r"rejected-([1-9]\d{0,8})\.json", re.ASCII)
 _ATTEMPTS = 100
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """What one look at a registry found.
+
+    Attributes:
+      version: the newest version that passes verification, or None.
+      scorer: its scorer, of the class of its kind, or None.
+      manifest: its manifest, or None.
+      refused: the versions that were passed over, newest first, and why.
+    """
+
+    version: int | None
+    scorer: Any
+    manifest: dict[str, Any] | None
+    refused: tuple[tuple[int, ScorerRejected], ...]
 
 
 class Registry:
     """The versions of one run.
 
+    Args:
+      run_dir: a directory, a URL (see `open_store`), or a store.
+
     Attributes:
-      directory: `run_dir/registry`.
+      store: where the versions are.
+      directory: the place of `registry/` in it: a path, or a URL as text.
       rejections: how often this object skipped or refused a version, by reason.
     """
 
-    def __init__(self, run_dir: str | os.PathLike[str]):
-        self.directory = Path(run_dir) / "registry"
+    def __init__(self, run_dir: str | os.PathLike[str] | Store):
+        self.store = open_store(run_dir)
+        self.directory = self.store.describe(FOLDER)
         self.rejections: Counter[str] = Counter()
-        self._warned: set[int] = set()
+        self._warned: set[tuple[int, str]] = set()
+        self._verified: dict[int, str] = {}
+        self._published = 0
 
-    def publish(self, scorer: Scorer, metadata: Mapping[str, Any] | None = None) -> int:
+    def publish(
+        self, scorer: artifact.StoredScorer, metadata: Mapping[str, Any] | None = None
+    ) -> int:
         """Publishes a scorer as the next version.
 
         Args:
@@ -64,15 +89,18 @@ class Registry:
           metadata: JSON types, merged over the scorer's own metadata.
 
         Returns:
-          The new version, larger than every earlier one. Raises `PublishFailed` when it cannot be
-          written (earlier versions are intact) and `ConfigError` when it cannot be encoded.
+          The new version, larger than every one that was complete before. Raises `PublishFailed`
+          when it cannot be written (earlier versions are intact) and `ConfigError` when it cannot
+          be encoded.
         """
         merged = scorer.metadata | dict(metadata or {})
-        payload, manifest = artifact.dump(dataclasses.replace(scorer, metadata=merged))
+        payload, manifest = artifact.dump(dataclasses.replace(cast(Any, scorer), metadata=merged))
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            with self._exclusive():
-                return self._write(payload, manifest)
+            with self.store.exclusive(FOLDER) as locked:
+                if locked:
+                    self._remove_leftovers()
+                self._published = self._write(payload, manifest)
+                return self._published
         except OSError as error:
             raise PublishFailed(
                 f"Could not write a new version to {self.directory}: {error}; earlier versions "
@@ -80,19 +108,20 @@ class Registry:
             ) from error
 
     def _write(self, payload: bytes, manifest: dict[str, Any]) -> int:
-        version = max(self._numbers(), default=0)
+        # A number is taken as long as this object remembers it, also when the listing forgot it.
+        version = max([0, self._published, *self._verified, *self._numbers()])
         for _ in range(_ATTEMPTS):
             version += 1
             # A taken number belongs to a publisher on another machine; take the next one.
-            if not write_once(self._path(version, "safetensors"), payload):
+            if not self.store.write_once(_key(version, "safetensors"), payload):
                 continue
             sealed = artifact.seal(manifest | {"version": version})
-            if write_once(self._path(version, "json"), canonical_json(sealed)):
+            if self.store.write_once(_key(version, "json"), canonical_json(sealed)):
                 return version
         raise PublishFailed(f"Found no free version after {_ATTEMPTS} attempts up to {version}.")
 
     def versions(self) -> list[int]:
-        """Returns the complete versions, oldest first."""
+        """Returns the complete versions, oldest first; raises `OSError`."""
         return sorted(int(name[:8]) for name in self._listing() if _is(name, "json"))
 
     def latest(self) -> int | None:
@@ -109,56 +138,97 @@ class Registry:
                 "files were mixed up or replayed. Restore the original file.",
                 reason="version",
             )
+        known = self._verified.get(version)
+        if known is not None and known != manifest["manifest_sha256"]:
+            raise ScorerRejected(
+                f"The manifest of version {version} in {self.directory} is another one than was "
+                "verified earlier; a published version never changes. Restore the original files.",
+                reason="changed",
+            )
         return manifest
 
-    def load(self, version: int) -> Scorer:
+    def load(self, version: int) -> Any:
         """Verifies and returns a version; raises `ScorerRejected` and nothing else.
 
         Raises:
           ScorerRejected: with the reasons of `artifact.load`, or missing, unreadable, not_regular,
-            version.
+            version, changed.
         """
         return self.load_with_manifest(version)[0]
 
-    def load_with_manifest(self, version: int) -> tuple[Scorer, dict[str, Any]]:
+    def load_with_manifest(self, version: int) -> tuple[Any, dict[str, Any]]:
         """Like `load`, and returns the manifest as well."""
         manifest = self.manifest(version)
         payload = self._read(version, "safetensors", artifact.MAX_PAYLOAD_BYTES)
-        return artifact.load(payload, manifest), manifest
+        scorer = artifact.load(payload, manifest)
+        self._verified[version] = manifest["manifest_sha256"]
+        return scorer, manifest
 
-    def latest_verified(self, below: int | None = None) -> tuple[int, Scorer] | None:
+    def latest_verified(self, below: int | None = None) -> tuple[int, Any] | None:
         """Returns the newest version that passes verification.
 
         A version that fails is skipped with one warning per object, and counted in `rejections`.
+        An object that has verified a version takes an older one only while the newer one is there
+        and damaged. Where the newer one cannot be read, nothing is returned; where it is gone, that
+        is a rollback: counted, warned about, refused.
 
         Args:
           below: only versions smaller than this.
 
         Returns:
-          `(version, scorer)`, or None when no version verifies.
+          `(version, scorer)`, or None when no version verifies or the older ones are refused;
+          whoever holds a scorer then keeps it. Raises `OSError`.
         """
-        for version in reversed(self.versions()):
-            if below is not None and version >= below:
-                continue
+        found = self.look(below)
+        for message in self.unseen(found.refused):
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return None if found.version is None else (found.version, found.scorer)
+
+    def look(self, below: int | None = None) -> Look:
+        """Like `latest_verified`, without warnings and with everything that was found."""
+        refused: list[tuple[int, ScorerRejected]] = []
+        listed = [v for v in self.versions() if below is None or v < below]
+        known = tuple(self._verified)
+        newest = max((v for v in known if below is None or v < below), default=0)
+        lost = newest > 0 and newest not in listed
+        found = None
+        for version in reversed(listed):
+            if lost and version < newest:
+                break
             try:
-                return version, self.load(version)
+                found = version, *self.load_with_manifest(version)
+                break
             except ScorerRejected as error:
-                self.rejections[error.reason] += 1
-                if version not in self._warned:
-                    self._warned.add(version)
-                    warnings.warn(
-                        f"Skipping scorer version {version} ({error.reason}): {error}",
-                        RuntimeWarning,
-                        stacklevel=2,
-                    )
-        return None
+                refused.append((version, error))
+                if version == newest and error.reason == "unreadable":
+                    # Out of reach for now, which is no reason to go back.
+                    break
+        if lost and found is None:
+            error = ScorerRejected(
+                f"{self.directory} no longer has version {newest}, which was verified earlier; its "
+                f"newest is {max(listed, default=None)}, and older versions are refused. Restore "
+                "the files, or publish again.",
+                reason="rollback",
+            )
+            refused.append((newest, error))
+        self.rejections.update(error.reason for _, error in refused)
+        return Look(*(found or (None, None, None)), tuple(refused))
+
+    def unseen(self, refused: tuple[tuple[int, ScorerRejected], ...]) -> list[str]:
+        """Returns what to warn about: refusals that this object was not asked about before."""
+        messages = []
+        for version, error in refused:
+            if (version, error.reason) not in self._warned:
+                self._warned.add((version, error.reason))
+                messages.append(f"Skipping scorer version {version} ({error.reason}): {error}")
+        return messages
 
     def reject(
         self,
-        scorer: Scorer | None,
+        scorer: artifact.StoredScorer | None,
         reason: str,
         metadata: Mapping[str, Any] | None = None,
-    ) -> Path:
+    ) -> Path | str:
         """Stores why a candidate was not published, as `rejected-<n>.json`.
 
         Args:
@@ -168,7 +238,7 @@ class Registry:
           metadata: JSON types, merged over the candidate's metadata.
 
         Returns:
-          The path of the record. Raises `PublishFailed`.
+          The place of the record. Raises `PublishFailed` and `ConfigError`.
         """
         merged = (scorer.metadata if scorer else {}) | dict(metadata or {})
         try:
@@ -176,25 +246,18 @@ class Registry:
         except (TypeError, ValueError) as error:
             raise ConfigError(f"metadata of a rejected candidate is not JSON: {error}") from None
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
             taken = [int(m[1]) for n in self._listing() if (m := _REJECTED.fullmatch(n))]
             number = max(taken, default=0) + 1
-            while not write_once(self.directory / f"rejected-{number}.json", data):
+            while not self.store.write_once(f"{FOLDER}/rejected-{number}.json", data):
                 number += 1
         except OSError as error:
             raise PublishFailed(
                 f"Could not record a rejected candidate in {self.directory}: {error}"
             ) from error
-        return self.directory / f"rejected-{number}.json"
-
-    def _path(self, version: int, suffix: str) -> Path:
-        return self.directory / f"{version:08d}.{suffix}"
+        return self.store.describe(f"{FOLDER}/rejected-{number}.json")
 
     def _listing(self) -> list[str]:
-        try:
-            return os.listdir(self.directory)
-        except FileNotFoundError:
-            return []
+        return self.store.names(FOLDER)
 
     def _numbers(self) -> list[int]:
         return [int(match[1]) for name in self._listing() if (match := _NAME.fullmatch(name))]
@@ -204,36 +267,19 @@ class Registry:
             raise ScorerRejected(
                 f"Version is {version!r}, expected an int in [1, 99999999].", reason="version"
             )
-        path = self._path(version, suffix)
+        key = _key(version, suffix)
         try:
-            return read_bounded(path, limit)
+            return self.store.read(key, limit)
         except FileNotFoundError:
             seen, reason = "does not exist", "missing"
         except OSError as error:
             seen, reason = f"cannot be read: {error}", "unreadable"
         except ValueError as error:
             seen, reason = f"is refused: {error}", "not_regular"
-        raise ScorerRejected(f"{path} {seen}.", reason=reason)
-
-    @contextlib.contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """Lets one publisher of this machine write, after removing what a killed one left."""
-        handle = os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        try:
-            locked = False
-            if fcntl is not None:
-                # Some network file systems refuse locks; exclusive links still keep versions
-                # apart there, only the clean-up has to wait.
-                with contextlib.suppress(OSError):
-                    fcntl.flock(handle, fcntl.LOCK_EX)
-                    locked = True
-            if locked:
-                self._remove_leftovers()
-            yield
-        finally:
-            os.close(handle)
+        raise ScorerRejected(f"{self.store.describe(key)} {seen}.", reason=reason)
 
     def _remove_leftovers(self) -> None:
+        """Removes what a killed publisher left; only while no other can be at work."""
         names = self._listing()
         complete = {name[:8] for name in names if _is(name, "json")}
         newest = max(complete, default="")
@@ -242,11 +288,14 @@ class Registry:
         leftovers += [
             n for n in names if _is(n, "safetensors") and n[:8] not in complete and n[:8] < newest
         ]
-        for name in leftovers:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.directory / name)
-        if leftovers:
-            sync_directory(self.directory)
+        for name in filter(is_key, leftovers):
+            # What cannot be removed takes space, which is no reason not to publish.
+            with contextlib.suppress(OSError):
+                self.store.remove(f"{FOLDER}/{name}")
+
+
+def _key(version: int, suffix: str) -> str:
+    return f"{FOLDER}/{version:08d}.{suffix}"
 
 
 def _is(name: str, suffix: str) -> bool:

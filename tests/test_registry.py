@@ -1,4 +1,8 @@
-"""A reader sees a complete version or the previous one, whoever dies while publishing."""
+"""A reader sees a complete version or the previous one, whoever dies while publishing.
+
+What holds for every store is in `store_checks.py`; here are directories: killed processes, failing
+system calls, a power loss, and files that are not what they seem.
+"""
 
 import errno
 import json
@@ -8,12 +12,14 @@ import sys
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from hotlane import make_scorer, make_windows
+from hotlane import make_scorer
 
-from metagrad_filter import registry as registry_module
-from metagrad_filter.errors import ConfigError, PublishFailed, ScorerRejected
+from metagrad_filter import store as store_module
+from metagrad_filter.errors import PublishFailed, ScorerRejected
 from metagrad_filter.registry import Registry
 
 SYSTEM_CALLS = ("open", "write", "fsync", "link", "unlink", "close", "listdir")
@@ -32,22 +38,9 @@ def files(run_dir: Path) -> list[str]:
     return sorted(p.name for p in (run_dir / "registry").iterdir())
 
 
-def test_versions_grow_and_load_as_published(tmp_path):
+def test_a_version_is_two_files(tmp_path):
     registry = Registry(tmp_path)
-    assert (registry.latest(), registry.versions(), registry.latest_verified()) == (None, [], None)
-    scorers = [make_scorer(seed) for seed in range(3)]
-    assert [registry.publish(s, {"round": i}) for i, s in enumerate(scorers)] == [1, 2, 3]
-    assert registry.versions() == [1, 2, 3] and registry.latest() == 3
-    windows = make_windows(5)
-    for version, scorer in enumerate(scorers, 1):
-        loaded = Registry(tmp_path).load(version)
-        assert loaded.score(windows).tobytes() == scorer.score(windows).tobytes()
-        assert loaded.metadata == {"seed": version - 1, "round": version - 1}
-        assert registry.manifest(version)["version"] == version
-    newest = registry.latest_verified()
-    assert newest is not None and newest[0] == 3
-    older = registry.latest_verified(below=3)
-    assert older is not None and older[0] == 2
+    assert [registry.publish(make_scorer(seed)) for seed in range(3)] == [1, 2, 3]
     assert files(tmp_path) == sorted(
         [".lock", *(f"{v:08d}.{s}" for v in (1, 2, 3) for s in ("json", "safetensors"))]
     )
@@ -132,18 +125,6 @@ def test_a_corrupt_version_is_skipped_with_one_warning_and_counted(tmp_path):
     assert registry.publish(make_scorer(9)) == 4
 
 
-def test_rejected_candidates_leave_a_record(tmp_path):
-    registry = Registry(tmp_path)
-    registry.reject(None, "no_labels")
-    path = registry.reject(make_scorer(5), "gate", {"correlation": 0.1})
-    assert path.name == "rejected-2.json"
-    record = json.loads(path.read_text())
-    assert record == {"reason": "gate", "metadata": {"seed": 5, "correlation": 0.1}}
-    assert registry.versions() == []
-    with pytest.raises(ConfigError):
-        registry.reject(None, "x", {"bad": object()})
-
-
 # Fault injection. The n-th system call dies (the process) or fails (an OSError), for every n.
 
 KILLED = """
@@ -152,14 +133,15 @@ from pathlib import Path
 from hotlane import make_scorer, make_windows
 from metagrad_filter.registry import Registry
 
-calls = sys.argv[2].split(",")
+calls, bits = sys.argv[2].split(","), int(sys.argv[3])
 windows = make_windows(4)
-expected = {v: make_scorer(v).score(windows).tobytes() for v in (1, 2)}
+scorers = {v: make_scorer(v, bits=bits) for v in (1, 2)}
+expected = {v: scorer.score(windows).tobytes() for v, scorer in scorers.items()}
 n, seen, done = 0, [], False
 while not done:
     n += 1
     run_dir = Path(sys.argv[1]) / str(n)
-    Registry(run_dir).publish(make_scorer(1))
+    Registry(run_dir).publish(scorers[1])
     child = os.fork()
     if child == 0:
         left = n
@@ -173,7 +155,7 @@ while not done:
             return wrapper
         for name in calls:
             setattr(os, name, dying(getattr(os, name)))
-        Registry(run_dir).publish(make_scorer(2))
+        Registry(run_dir).publish(scorers[2])
         os._exit(0)
     done = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     reader = Registry(run_dir)
@@ -194,8 +176,9 @@ print(json.dumps(seen))
 """
 
 
-def test_reader_sees_old_or_new_version_wherever_the_publisher_is_killed(tmp_path):
-    program = run_program(KILLED, str(tmp_path), ",".join(SYSTEM_CALLS))
+@pytest.mark.parametrize("bits", [6, 12, 18])  # payloads of 1 KiB, 17 KiB and 1 MiB
+def test_reader_sees_old_or_new_version_wherever_the_publisher_is_killed(tmp_path, bits):
+    program = run_program(KILLED, str(tmp_path), ",".join(SYSTEM_CALLS), str(bits))
     output, _ = program.communicate()
     assert program.returncode == 0
     seen = json.loads(output)
@@ -249,12 +232,142 @@ def test_a_directory_that_cannot_be_written_fails_typed(tmp_path):
         Registry(tmp_path).reject(None, "x")
 
 
+class Disk:
+    """Records what a program does to the files below `root`, and what a power loss leaves of it.
+
+    What was not synced may be there in part: of a file any prefix, of a folder any of the names
+    made or removed since, in any combination (as with delayed allocation and unordered metadata).
+    """
+
+    def __init__(self, root: Path, monkeypatch):
+        self.root = root
+        self.events: list[tuple[Any, ...]] = []
+        self.durable = {str(p): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+        self.folders = {str(p) for p in root.rglob("*") if p.is_dir()} | {str(root)}
+        names: dict[int, str] = {}
+        real = {n: getattr(os, n) for n in ("open", "write", "fsync", "link", "unlink", "mkdir")}
+
+        def opened(path, flags, *rest):
+            handle = real["open"](path, flags, *rest)
+            names[handle] = str(path)
+            if flags & os.O_CREAT:
+                self.events.append(("create", str(path)))
+            return handle
+
+        def wrote(handle, data):
+            count = real["write"](handle, data)
+            self.events.append(("write", names[handle], bytes(data[:count])))
+            return count
+
+        def synced(handle):
+            real["fsync"](handle)
+            self.events.append(("sync", names[handle]))
+
+        def named(call):
+            def wrapper(*paths):
+                real[call](*paths)
+                self.events.append((call, *map(str, paths)))
+
+            return wrapper
+
+        for name, call in {"open": opened, "write": wrote, "fsync": synced}.items():
+            monkeypatch.setattr(os, name, call)
+        for name in ("link", "unlink", "mkdir"):
+            monkeypatch.setattr(os, name, named(name))
+
+    def after_power_loss(self, at: int, rng: np.random.Generator) -> dict[str, bytes]:
+        """The files there are when the power fails before event number `at`."""
+        events = self.events[:at]
+        last_sync = {event[1]: n for n, event in enumerate(events) if event[0] == "sync"}
+        content = dict(self.durable)
+        safe = {path: len(data) for path, data in content.items()}
+        file_of = {path: path for path in content}
+        entries = {path: path for path in {*content, *self.folders}}
+        for n, (what, path, *rest) in enumerate(events):
+            if what == "write":
+                content[path] += rest[0]
+            elif what == "sync":
+                safe[path] = len(content.get(path, b""))
+            else:
+                if what == "create":
+                    content.setdefault(path, b"")
+                target = rest[0] if what == "link" else path
+                file_of[target] = file_of.setdefault(path, path)
+                if n < last_sync.get(str(Path(target).parent), -1) or rng.random() < 0.5:
+                    if what == "unlink":
+                        entries.pop(target, None)
+                    else:
+                        entries[target] = file_of[target]
+        return {
+            path: content[file][: int(rng.integers(safe.get(file, 0), len(content[file]) + 1))]
+            for path, file in entries.items()
+            if file in content
+            and all(str(p) in entries for p in Path(path).parents if p.is_relative_to(self.root))
+        }
+
+
+class Files:
+    """The files of a disk after a power loss, for reading only."""
+
+    def __init__(self, root: Path, files: dict[str, bytes]):
+        self.files = {str(Path(path).relative_to(root)): data for path, data in files.items()}
+
+    def describe(self, key: str = "") -> str:
+        return f"after/{key}"
+
+    def read(self, key: str, limit: int) -> bytes:
+        if key not in self.files:
+            raise FileNotFoundError(key)
+        return self.files[key]
+
+    def names(self, folder: str) -> list[str]:
+        return [key[len(folder) + 1 :] for key in self.files if key.startswith(folder + "/")]
+
+    def write_once(self, key: str, data: bytes) -> bool:
+        return key not in self.files
+
+    def remove(self, key: str) -> None:
+        raise AssertionError("a reader removes nothing")
+
+    def stamp(self, folder: str) -> None:
+        return None
+
+    def exclusive(self, folder: str):
+        raise AssertionError("a reader locks nothing")
+
+
+@pytest.mark.parametrize("earlier", [0, 1])
+def test_a_power_loss_leaves_the_old_or_the_new_version(tmp_path, monkeypatch, earlier):
+    for n in range(earlier):
+        Registry(tmp_path).publish(make_scorer(n))
+    with monkeypatch.context() as patch:
+        disk = Disk(tmp_path, patch)
+        new = Registry(tmp_path).publish(make_scorer(earlier))
+    old = new - 1 or None
+    ends, seen = len(disk.events), Counter()
+    for seed in range(600):
+        rng = np.random.default_rng(seed)
+        # One in ten power losses comes after `publish` has returned.
+        at = ends if seed % 10 == 0 else int(rng.integers(ends))
+        reader = Registry(Files(tmp_path, disk.after_power_loss(at, rng)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = reader.latest_verified()
+        version = None if found is None else found[0]
+        assert version in (old, new), (seed, at)
+        if found is not None:
+            assert found[1].metadata == {"seed": found[0] - 1}
+        assert at < ends or version == new, (seed, disk.events)
+        seen[version] += 1
+    assert min(seen[old], seen[new]) > 50
+
+
 PUBLISHER = """
 import sys
 from hotlane import make_scorer
-from metagrad_filter import registry
+from metagrad_filter import registry, store
 if sys.argv[3] == "without_locks":
-    registry.fcntl = None
+    store.fcntl = None
 mine = registry.Registry(sys.argv[1])
 start = int(sys.argv[2])
 print(*(mine.publish(make_scorer(seed)) for seed in range(start, start + 12)))
@@ -277,5 +390,5 @@ def test_two_publishers_at_once_share_the_numbers(tmp_path, locks):
 
 
 def test_locks_are_optional(tmp_path, monkeypatch):
-    monkeypatch.setattr(registry_module, "fcntl", None)
+    monkeypatch.setattr(store_module, "fcntl", None)
     assert Registry(tmp_path).publish(make_scorer()) == 1
