@@ -14,7 +14,10 @@ _EXPORTS = {
     "score_filter": "metagrad_filter.transform",
     "TextWindows": "metagrad_filter.windows",
     "SeriesWindows": "metagrad_filter.windows",
+    "Cap": "metagrad_filter.selection",
+    "counters": "metagrad_filter.counting",
     "Scorer": "metagrad_filter.scorer.scorer",
+    "SeriesScorer": "metagrad_filter.scorer.series",
     "Registry": "metagrad_filter.registry",
     "Ledger": "metagrad_filter.ledger",
     # Metagradients and calibration: the cold lane.
@@ -46,6 +49,7 @@ _EXPORTS = {
 _MODULES = ("adapters", "errors", "kernels")
 
 if TYPE_CHECKING:
+    from metagrad_filter.counting import counters as counters
     from metagrad_filter.errors import CalibrationFailed as CalibrationFailed
     from metagrad_filter.errors import ConfigError as ConfigError
     from metagrad_filter.errors import DataError as DataError
@@ -59,6 +63,8 @@ if TYPE_CHECKING:
     from metagrad_filter.ledger import Ledger as Ledger
     from metagrad_filter.registry import Registry as Registry
     from metagrad_filter.scorer.scorer import Scorer as Scorer
+    from metagrad_filter.scorer.series import SeriesScorer as SeriesScorer
+    from metagrad_filter.selection import Cap as Cap
     from metagrad_filter.transform import score_filter as score_filter
     from metagrad_filter.windows import SeriesWindows as SeriesWindows
     from metagrad_filter.windows import TextWindows as TextWindows

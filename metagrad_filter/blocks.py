@@ -15,29 +15,24 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import threading
 import time
-import warnings
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from metagrad_filter.errors import ConfigError, ScorerRejected, StateMismatch, WindowError
+from metagrad_filter.counting import count, warn_once
+from metagrad_filter.decisions import UNDECIDED, UNIFORM, Decisions
+from metagrad_filter.errors import ConfigError, WindowError
 from metagrad_filter.ledger import Ledger
-from metagrad_filter.registry import Registry
-from metagrad_filter.scorer.scorer import Scorer
-from metagrad_filter.selection import as_ratio, as_share, kept_before, select
+from metagrad_filter.selection import Cap, as_ratio, as_share, kept_before, select
+from metagrad_filter.store import open_store
 from metagrad_filter.windows import SeriesWindows, TextWindows, Windows
 
-UNDECIDED = -1
-UNIFORM = 0
-
-_SCORERS_KEPT = 4
-_INTERVALS_KEPT = 1024
+RULES = ("block", "threshold")
+BAD_WINDOWS = ("raise", "last")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +40,7 @@ class FilterConfig:
     """What makes a filter's decisions, validated; small and picklable.
 
     Attributes:
-      run_dir: local directory that holds `registry/` and `ledger/`.
+      run_dir: directory or URL that holds `registry/` and `ledger/` (see `open_store`).
       keep_ratio: share of windows kept, in (0, 1].
       windows: how an element becomes an array.
       block_windows: M, windows ranked together.
@@ -54,6 +49,10 @@ class FilterConfig:
       name: the ledger's name; one per filter of a run.
       explore: share of the kept windows drawn uniformly, in [0, 1].
       annotate: add `score` and `scorer_version` to kept elements.
+      caps: limits per group of windows within a block.
+      rule: "block" keeps exactly k of every M; "threshold" decides on one window at a time.
+      bad_windows: "raise" ends with a `WindowError` where a window cannot be read; "last" ranks it
+        last and counts it.
       order: "index" when blocks are numbered by the source's index, "iterator" when each iterator
         counts its own blocks.
     """
@@ -67,14 +66,17 @@ class FilterConfig:
     name: str = "default"
     explore: Fraction = Fraction(0)
     annotate: bool = False
+    caps: tuple[Cap, ...] = ()
+    rule: str = "block"
+    bad_windows: str = "raise"
     order: str = "index"
 
     def __post_init__(self):
-        run_dir = os.fspath(self.run_dir)
-        if "://" in run_dir:
-            raise ConfigError(f"run_dir is {run_dir!r}, expected a local or mounted directory.")
+        store = open_store(self.run_dir)
+        place = store.describe()
         # Absolute, because worker processes may start elsewhere.
-        object.__setattr__(self, "run_dir", os.path.abspath(run_dir))
+        place = place if isinstance(place, str) else os.path.abspath(place)
+        object.__setattr__(self, "run_dir", place)
         object.__setattr__(self, "keep_ratio", as_ratio(self.keep_ratio))
         object.__setattr__(self, "explore", as_share(self.explore))
         for field in ("block_windows", "swap_every_blocks"):
@@ -83,6 +85,20 @@ class FilterConfig:
         if not isinstance(self.windows, (TextWindows, SeriesWindows)):
             raise ConfigError(
                 f"windows is {self.windows!r}, expected TextWindows(...) or SeriesWindows(...)."
+            )
+        for field, options in (("rule", RULES), ("bad_windows", BAD_WINDOWS)):
+            if getattr(self, field) not in options:
+                raise ConfigError(
+                    f"{field} is {getattr(self, field)!r}, expected one of {list(options)}."
+                )
+        caps = (self.caps,) if isinstance(self.caps, Cap) else tuple(self.caps)
+        if not all(isinstance(cap, Cap) for cap in caps):
+            raise ConfigError(f"caps is {self.caps!r}, expected Cap(...) objects.")
+        object.__setattr__(self, "caps", caps)
+        if self.rule == "threshold" and caps:
+            raise ConfigError(
+                "caps need rule='block': a limit per group is kept among windows that are chosen "
+                "together."
             )
         Ledger(self.run_dir, self.name)
 
@@ -95,6 +111,9 @@ class FilterConfig:
             "swap_every_blocks": self.swap_every_blocks,
             "seed": self.seed,
             "explore": str(self.explore),
+            "caps": [cap.record() for cap in self.caps],
+            "rule": self.rule,
+            "bad_windows": self.bad_windows,
             "order": self.order,
         }
 
@@ -130,55 +149,109 @@ class Choice:
 
     def annotated(self, position: int, element: Any) -> dict[str, Any]:
         """Returns a copy of a kept element with `score` and `scorer_version`."""
-        if not isinstance(element, dict):
-            raise WindowError(
-                f"annotate=True needs dict elements, got {type(element).__name__}; "
-                "wrap the window in a dict before the filter, or leave annotate=False."
-            )
         score = np.float32(np.nan) if self.scores is None else self.scores[position]
-        return {**element, "score": score, "scorer_version": max(self.version, UNIFORM)}
+        return annotated(element, score, self.version)
 
 
-@dataclass
-class FilterCounters:
-    """What one filter did in one process, since the process started.
+def annotated(element: Any, score: np.float32, version: int) -> dict[str, Any]:
+    """Returns a copy of a dict element with `score` and `scorer_version`."""
+    if not isinstance(element, dict):
+        raise WindowError(
+            f"annotate=True needs dict elements, got {type(element).__name__}; "
+            "wrap the window in a dict before the filter, or leave annotate=False."
+        )
+    return {**element, "score": score, "scorer_version": max(version, UNIFORM)}
 
-    Attributes:
-      blocks: blocks chosen.
-      uniform_blocks: of these, blocks kept uniformly because there was no scorer.
-      windows_seen: windows offered.
-      windows_kept: windows kept.
-      scoring_seconds: time inside scorers, in seconds of monotonic clock.
-      non_finite_scores: scores that were NaN or inf and therefore ranked last.
-      versions_skipped: corrupt versions passed over at a decision.
-      ledger_unwritable: decisions that could not be recorded.
+
+class WindowScorer:
+    """Scores elements with whatever version acts; what blocks and single windows have in common.
+
+    Args:
+      config: the filter's configuration.
+      clock: seconds, monotonic; only for `FilterCounters.scoring_seconds`.
     """
 
-    blocks: int = 0
-    uniform_blocks: int = 0
-    windows_seen: int = 0
-    windows_kept: int = 0
-    scoring_seconds: float = 0.0
-    non_finite_scores: int = 0
-    versions_skipped: int = 0
-    ledger_unwritable: int = 0
+    def __init__(self, config: FilterConfig, *, clock=time.monotonic):
+        self._config = config
+        self._clock = clock
+        self._decisions = Decisions(config.run_dir, config.name)
+        self._started = False
 
+    def version(self, block: int, expected: int = UNDECIDED) -> tuple[int, Any]:
+        """Returns the version that ranks a block and its scorer; `(0, None)` for uniform.
 
-_counters: dict[str, FilterCounters] = {}
-_counters_lock = threading.Lock()
+        Raises:
+          ScorerRejected: at the start, the decided version can no longer be loaded as it was.
+          StateMismatch: the checkpoint's version is not the ledger's.
+          ConfigError: at the start, the scorer is for another kind of windows.
+        """
+        config = self._config
+        interval = block // config.swap_every_blocks
+        version, scorer = self._decisions.scorer(interval, expected, strict=not self._started)
+        if scorer is not None and scorer.kind != config.windows.kind:
+            message = (
+                f"The scorer reads {scorer.kind} windows, the filter was given "
+                f"{config.windows.kind} windows; use the matching windows=, or another run_dir."
+            )
+            if not self._started:
+                raise ConfigError(message)
+            count(config.name, versions_lost=1)
+            warn_once(
+                config.name,
+                f"kind {version} {config.run_dir}",
+                f"{message} Training goes on: version {version} keeps windows uniformly.",
+            )
+            version, scorer = UNIFORM, None
+        self._started = True
+        return version, scorer
 
+    def scores(self, scorer: Any, elements: Sequence[Any]) -> np.ndarray | None:
+        """Returns `(n,)` float32 scores, or None when the scorer failed; raises `WindowError`."""
+        config = self._config
+        began = self._clock()
+        try:
+            scores = self._score(scorer, elements)
+        except WindowError:
+            raise
+        # Whatever a scorer does, training goes on; the warning and the counter say that it did.
+        except Exception as error:
+            count(config.name, scorer_failures=1)
+            warn_once(
+                config.name,
+                f"failure {config.run_dir}",
+                f"The scorer failed ({type(error).__name__}: {error}); these windows are kept "
+                "uniformly. `metagrad-filter doctor` looks for the reason.",
+            )
+            return None
+        count(
+            config.name,
+            scoring_seconds=self._clock() - began,
+            non_finite_scores=int(np.count_nonzero(~np.isfinite(scores))),
+        )
+        return scores
 
-def counters(name: str = "default") -> FilterCounters:
-    """Returns a snapshot of this process's counters for the filter `name`."""
-    with _counters_lock:
-        return dataclasses.replace(_counters.get(name, FilterCounters()))
-
-
-def _count(name: str, **increments: float) -> None:
-    with _counters_lock:
-        mine = _counters.setdefault(name, FilterCounters())
-        for field, increment in increments.items():
-            setattr(mine, field, getattr(mine, field) + increment)
+    def _score(self, scorer: Any, elements: Sequence[Any]) -> np.ndarray:
+        windows = self._config.windows
+        options = {}
+        if isinstance(windows, TextWindows) and windows.pad_id is not None:
+            options["pad_id"] = windows.pad_id
+        try:
+            return scorer.score(windows.stack(elements), **options)
+        except WindowError:
+            if self._config.bad_windows == "raise":
+                raise
+        scores = np.full(len(elements), np.nan, np.float32)
+        for position, element in enumerate(elements):
+            try:
+                scores[position] = scorer.score(windows.stack([element]), **options)[0]
+            except WindowError as error:
+                count(self._config.name, bad_windows=1)
+                warn_once(
+                    self._config.name,
+                    f"bad {self._config.run_dir}",
+                    f"A window cannot be read and ranks last: {error}",
+                )
+        return scores
 
 
 class BlockFilter:
@@ -191,13 +264,7 @@ class BlockFilter:
 
     def __init__(self, config: FilterConfig, *, clock=time.monotonic):
         self.config = config
-        self._clock = clock
-        self._registry = Registry(config.run_dir)
-        self._ledger = Ledger(config.run_dir, config.name)
-        self._lock = threading.Lock()
-        self._decisions: OrderedDict[int, int] = OrderedDict()
-        self._scorers: OrderedDict[int, Scorer] = OrderedDict()
-        self._warned_unwritable = False
+        self._scorer = WindowScorer(config, clock=clock)
 
     def quota(self, start: int, n: int) -> int:
         """Returns how many of the windows `start .. start + n - 1` are kept."""
@@ -220,20 +287,19 @@ class BlockFilter:
 
         Raises:
           WindowError: the elements cannot be read as windows, or hold ids out of range.
-          ScorerRejected: the decided version can no longer be loaded as it was.
+          ScorerRejected: at the start or expected by a checkpoint, the decided version can no
+            longer be loaded as it was.
           StateMismatch: the checkpoint's version is not the ledger's.
-          ConfigError: the scorer is for another kind of windows.
+          ConfigError: at the start, the scorer is for another kind of windows.
         """
+        config = self.config
         n = len(elements)
         k = self.quota(start, n)
-        if not self.config.annotate and k in (0, n):
-            _count(self.config.name, blocks=1, windows_seen=n, windows_kept=k)
+        if not config.annotate and k in (0, n):
+            count(config.name, blocks=1, windows_seen=n, windows_kept=k)
             return Choice(np.arange(k), None, UNDECIDED)
-        config = self.config
-        version, scorer = self._scorer_of(block // config.swap_every_blocks, expected)
-        scores = None
-        if scorer is not None:
-            scores = self._score(scorer, elements)
+        version, scorer = self._scorer.version(block, expected)
+        scores = None if scorer is None else self._scorer.scores(scorer, elements)
         kept = select(
             scores,
             n,
@@ -243,128 +309,59 @@ class BlockFilter:
             seed=config.seed,
             name=config.name,
             block=block,
+            groups=[(_groups(cap, config.windows, elements), cap.limit(k)) for cap in config.caps],
         )
-        _count(config.name, blocks=1, windows_seen=n, windows_kept=k, uniform_blocks=scores is None)
+        uniform = scores is None
+        count(
+            config.name,
+            blocks=1,
+            uniform_blocks=uniform,
+            windows_seen=n,
+            windows_kept=k,
+            uniform_windows=n * uniform,
+        )
         return Choice(kept, scores, version)
 
-    def _score(self, scorer: Scorer, elements: Sequence[Any]) -> np.ndarray:
-        windows = self.config.windows
-        if scorer.kind != windows.kind:
-            raise ConfigError(
-                f"The scorer reads {scorer.kind} windows, the filter was given {windows.kind} "
-                "windows; use the matching windows=, or another run_dir."
-            )
-        stacked = windows.stack(elements)
-        began = self._clock()
-        if isinstance(windows, TextWindows) and windows.pad_id is not None:
-            scores = scorer.score(stacked, pad_id=windows.pad_id)
-        else:
-            scores = scorer.score(stacked)
-        _count(
-            self.config.name,
-            scoring_seconds=self._clock() - began,
-            non_finite_scores=int(np.count_nonzero(~np.isfinite(scores))),
+
+def _groups(cap: Cap, windows: Windows, elements: Sequence[Any]) -> np.ndarray:
+    """Numbers the groups of a cap: `(n,)` int64."""
+    numbers: dict[Any, int] = {}
+    labels = np.empty(len(elements), np.int64)
+    for position, element in enumerate(elements):
+        value = _group(cap, windows, element, position)
+        labels[position] = numbers.setdefault(value, len(numbers))
+    return labels
+
+
+def _group(cap: Cap, windows: Windows, element: Any, position: int) -> Any:
+    if cap.key is None:
+        try:
+            content = np.asarray(element if windows.key is None else element[windows.key])
+        except (KeyError, TypeError, ValueError):
+            return position  # unreadable, so no copy of anything
+        return content.shape, content.tobytes()
+    if not isinstance(element, Mapping) or cap.key not in element:
+        seen = sorted(map(str, element)) if isinstance(element, Mapping) else type(element).__name__
+        raise WindowError(
+            f"Element {position} has no entry {cap.key!r} for Cap({cap.key!r}), available: {seen}; "
+            "put the group's name or number beside the window."
         )
-        return scores
-
-    def _scorer_of(self, interval: int, expected: int) -> tuple[int, Scorer | None]:
-        with self._lock:
-            version = self._decisions.get(interval)
-            if version is None:
-                version = self._decide(interval, expected)
-                _remember(self._decisions, interval, version, _INTERVALS_KEPT)
-            if expected not in (UNDECIDED, version):
-                raise StateMismatch(
-                    f"The checkpoint used scorer version {expected} for interval {interval}, the "
-                    f"ledger {self._ledger.directory} holds version {version}; resume with the "
-                    "run_dir that the checkpoint was written with."
-                )
-            if version == UNIFORM:
-                return UNIFORM, None
-            if version not in self._scorers:
-                self._load(version)
-            self._scorers.move_to_end(version)
-            return version, self._scorers[version]
-
-    def _decide(self, interval: int, expected: int) -> int:
-        """Returns the interval's version: as recorded, else decided now."""
-        entry = self._ledger.read(interval)
-        if entry is None:
-            # A checkpoint remembers what a lost ledger does not.
-            version = self._newest() if expected == UNDECIDED else expected
-            digest = self._load(version) if version != UNIFORM else ""
-            try:
-                self._ledger.decide(interval, version, digest)
-            except OSError as error:
-                return self._undecidable(interval, error)
-            entry = self._ledger.read(interval)
-            if entry is None:
-                raise StateMismatch(
-                    f"The decision for interval {interval} vanished from "
-                    f"{self._ledger.directory}; restore the ledger."
-                )
-        if entry.version != UNIFORM:
-            self._load(entry.version, entry.manifest_sha256)
-        return entry.version
-
-    def _newest(self) -> int:
-        skipped = self._registry.rejections.total()
-        try:
-            found = self._registry.latest_verified()
-        except OSError as error:
-            warnings.warn(
-                f"The registry cannot be listed ({error}); this interval is kept uniformly.",
-                RuntimeWarning,
-                stacklevel=2,
+    value = element[cap.key]
+    if isinstance(value, (np.ndarray, np.generic)):
+        if value.size != 1:
+            raise WindowError(
+                f"Entry {cap.key!r} of element {position} has shape {value.shape}, expected one "
+                "name or number that says which group the window belongs to."
             )
-            found = None
-        _count(self.config.name, versions_skipped=self._registry.rejections.total() - skipped)
-        return UNIFORM if found is None else found[0]
-
-    def _undecidable(self, interval: int, error: OSError) -> int:
-        """Goes on with the last recorded version: training does not stop for a full disk."""
-        _count(self.config.name, ledger_unwritable=1)
-        if not self._warned_unwritable:
-            self._warned_unwritable = True
-            warnings.warn(
-                f"The decision for interval {interval} cannot be recorded in "
-                f"{self._ledger.directory} ({error}); going on with the last recorded version, "
-                "but this part of the stream may differ when it is read again.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        earlier = [e for i, e in self._ledger.entries().items() if i < interval]
-        if earlier and earlier[-1].version != UNIFORM:
-            self._load(earlier[-1].version, earlier[-1].manifest_sha256)
-        return earlier[-1].version if earlier else UNIFORM
-
-    def _load(self, version: int, digest: str | None = None) -> str:
-        """Loads a decided version into the cache; returns its manifest's hash."""
-        try:
-            scorer, manifest = self._registry.load_with_manifest(version)
-        except ScorerRejected as error:
-            raise ScorerRejected(
-                f"Scorer version {version} is recorded in the ledger {self._ledger.directory} and "
-                f"can no longer be used, so the stream cannot be replayed: {error} Restore the "
-                "file, or give the filter another name= to decide anew.",
-                reason=error.reason,
-            ) from error
-        if digest is not None and manifest["manifest_sha256"] != digest:
-            raise ScorerRejected(
-                f"Scorer version {version} in {self._registry.directory} is not the one that the "
-                f"ledger {self._ledger.directory} recorded (another hash); restore the original "
-                "file, or give the filter another name= to decide anew.",
-                reason="changed",
-            )
-        _remember(self._scorers, version, scorer, _SCORERS_KEPT)
-        return manifest["manifest_sha256"]
-
-
-def _remember(cache: OrderedDict, key: Any, value: Any, limit: int) -> None:
-    cache[key] = value
-    cache.move_to_end(key)
-    while len(cache) > limit:
-        cache.popitem(last=False)
+        value = value.item()
+    try:
+        hash(value)
+    except TypeError:
+        raise WindowError(
+            f"Entry {cap.key!r} of element {position} is a {type(value).__name__}, expected one "
+            "name or number that says which group the window belongs to."
+        ) from None
+    return value
 
 
 def _check_count(name: str, value: Any, low: int) -> None:

@@ -1,6 +1,7 @@
 """Exactly k of M: which windows of a block are kept.
 
     as_ratio(keep_ratio) -> Fraction     kept_before(n, ratio) -> int     select(...) -> indices
+    Cap("source", share=0.5)             no group fills more than its part of a block's choice
 
 Pure functions. The quota is a function of position alone, in exact arithmetic, so every host and
 every worker keeps the same number at every step. Randomness comes from the bits of a Philox
@@ -13,6 +14,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from statistics import NormalDist
 from typing import Any
@@ -22,6 +25,53 @@ import numpy as np
 from metagrad_filter.errors import ConfigError
 
 _RANKING, _EXPLORATION = 0, 1
+
+
+@dataclass(frozen=True)
+class Cap:
+    """A limit on how many of a block's kept windows may belong to one group.
+
+    Attributes:
+      key: the entry of a dict element that names its group (a source, a cluster); None groups
+        windows with equal content, so that copies can be limited.
+      share: at most `max(1, floor(share * k))` of k kept windows per group, in (0, 1].
+      count: at most this many per group; give either `share` or `count`.
+
+    Example:
+      >>> Cap("source", share=0.5).limit(64)
+      32
+    """
+
+    key: str | None = None
+    share: Fraction | float | None = None
+    count: int | None = None
+
+    def __post_init__(self):
+        if self.key is not None and not isinstance(self.key, str):
+            raise ConfigError(
+                f"key of a Cap is {self.key!r}, expected the name of an entry, or None for equal "
+                "windows."
+            )
+        if (self.share is None) == (self.count is None):
+            raise ConfigError(
+                f"A Cap has share={self.share!r} and count={self.count!r}, expected exactly one "
+                "of the two."
+            )
+        if self.share is not None:
+            object.__setattr__(self, "share", as_ratio(self.share, "share of a Cap"))
+        elif isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
+            raise ConfigError(f"count of a Cap is {self.count!r}, expected an int >= 1.")
+
+    def limit(self, k: int) -> int:
+        """Returns how many of k kept windows one group may hold."""
+        if self.share is None:
+            assert self.count is not None
+            return self.count
+        return max(1, math.floor(self.share * k))
+
+    def record(self) -> list[str | int | None]:
+        """Returns the fields as JSON types."""
+        return [self.key, None if self.share is None else str(self.share), self.count]
 
 
 def as_ratio(keep_ratio: Any, name: str = "keep_ratio") -> Fraction:
@@ -86,6 +136,7 @@ def select(
     seed: int = 0,
     name: str = "default",
     block: int = 0,
+    groups: Sequence[tuple[np.ndarray, int]] = (),
 ) -> np.ndarray:
     """Chooses exactly k of n windows.
 
@@ -93,7 +144,9 @@ def select(
     by score: the best for infinite `strength`, else a draw without replacement with logits
     `strength * gaussian rank score` (Gumbel top-k, uniform for 0). The `floor(explore * k)`
     others are drawn uniformly from those not chosen by score. Ties go to the earlier position,
-    -0.0 equals 0.0, and non-finite scores rank last.
+    -0.0 equals 0.0, and non-finite scores rank last. A window whose group is full is passed over;
+    where the limits leave fewer than k, the best of those passed over make up for it, because the
+    quota is exact. The exploration share knows no limits.
 
     Args:
       scores: `(n,)` float, higher is better, or None.
@@ -104,6 +157,7 @@ def select(
       seed: the run's seed.
       name: the filter's name.
       block: index of the block; with seed and name it keys all randomness.
+      groups: for each limit, the group of every window as `(n,)` integers, and the limit.
 
     Returns:
       `(k,)` int64 ascending positions.
@@ -118,22 +172,42 @@ def select(
     if not 0 <= k <= n:
         raise ConfigError(f"k is {k} for a block of {n} windows, expected 0 <= k <= n.")
     if scores is None:
-        chosen = _smallest(_bits(seed, name, block, _RANKING, n), k)
+        chosen = _smallest(philox_bits(seed, name, block, _RANKING, n), k, groups)
     else:
         if scores.shape != (n,):
             raise ConfigError(f"scores have shape {scores.shape}, expected ({n},).")
         explored = math.floor(as_share(explore) * k)
-        chosen = _smallest(_costs(scores, strength, seed, name, block), k - explored)
+        chosen = _smallest(_costs(scores, strength, seed, name, block), k - explored, groups)
         if explored:
             rest = np.setdiff1d(np.arange(n), chosen)
-            draw = _smallest(_bits(seed, name, block, _EXPLORATION, len(rest)), explored)
+            draw = _smallest(philox_bits(seed, name, block, _EXPLORATION, len(rest)), explored)
             chosen = np.concatenate([chosen, rest[draw]])
     return np.sort(chosen).astype(np.int64)
 
 
-def _smallest(costs: np.ndarray, k: int) -> np.ndarray:
-    """Positions of the k smallest costs, ties to the earlier position."""
-    return np.argsort(costs, kind="stable")[:k]
+def _smallest(
+    costs: np.ndarray, k: int, groups: Sequence[tuple[np.ndarray, int]] = ()
+) -> np.ndarray:
+    """Positions of the k smallest costs within the groups' limits, ties to the earlier position."""
+    order = np.argsort(costs, kind="stable")
+    if not groups:
+        return order[:k]
+    members = [labels.tolist() for labels, _ in groups]
+    limits = [limit for _, limit in groups]
+    held: list[dict[int, int]] = [{} for _ in groups]
+    chosen: list[int] = []
+    passed: list[int] = []
+    for position in order.tolist():
+        if len(chosen) == k:
+            break
+        counts = [mine.get(labels[position], 0) for mine, labels in zip(held, members)]
+        if any(count >= limit for count, limit in zip(counts, limits)):
+            passed.append(position)
+            continue
+        chosen.append(position)
+        for mine, labels, count in zip(held, members, counts):
+            mine[labels[position]] = count + 1
+    return np.array(chosen + passed[: k - len(chosen)], np.int64)
 
 
 def _costs(scores: np.ndarray, strength: float, seed: int, name: str, block: int) -> np.ndarray:
@@ -141,8 +215,7 @@ def _costs(scores: np.ndarray, strength: float, seed: int, name: str, block: int
     finite = np.isfinite(scores)
     costs = -scores.astype(np.float64)
     if not math.isinf(strength):
-        bits = _bits(seed, name, block, _RANKING, len(scores))
-        uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        uniform = as_uniform(philox_bits(seed, name, block, _RANKING, len(scores)))
         costs = -strength * rank_scores(scores) + np.log(-np.log(uniform))
     return np.where(finite, costs, np.inf)
 
@@ -166,9 +239,14 @@ def _normal_quantiles(n: int) -> tuple[float, ...]:
     return tuple(normal.inv_cdf((rank + 0.5) / n) for rank in range(n))
 
 
-def _bits(seed: int, name: str, block: int, purpose: int, n: int) -> np.ndarray:
+def philox_bits(seed: int, name: str, block: int, purpose: int, n: int) -> np.ndarray:
     """Returns `(n,)` uint64 Philox bits, a pure function of the arguments."""
     return np.random.Philox(counter=[0, 0, block, purpose], key=_key(seed, name)).random_raw(n)
+
+
+def as_uniform(bits: np.ndarray) -> np.ndarray:
+    """Turns uint64 bits into float64 strictly between 0 and 1."""
+    return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
 
 @functools.lru_cache(maxsize=64)

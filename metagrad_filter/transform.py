@@ -13,8 +13,12 @@ the access order is random), before `batch` and `mp_prefetch`. Over a `MapDatase
 batch before `to_iter_dataset`: grain's workers share out what is indexed, and only then are the
 batches too the same for any number of workers. Every worker reads the whole of each block that it
 delivers a window of, so a batch of k windows, or read threads in place of workers, saves reading.
-Repeat a `MapDataset` before or after the filter; `RepeatIterDataset` after an `IterDataset` filter
-replays the scorer versions of the first epoch.
+Repeat a `MapDataset` before or after the filter; over an `IterDataset` repeat and interleave before
+it: a filter that starts anew in every epoch or file would stay on its first scorer version, and is
+refused.
+
+Tail rule: the last block of an epoch may be shorter than M. It keeps its part of the quota,
+`floor(N r) - floor(j M r)`, ranked among itself, so an epoch of N windows keeps `floor(N r)`.
 
 Read next: `blocks.py` (how a block is chosen).
 """
@@ -23,8 +27,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import operator
 import os
+import sys
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
@@ -32,12 +38,14 @@ from typing import Any
 
 import grain
 
-from metagrad_filter.blocks import UNDECIDED, BlockFilter, Choice, FilterConfig
+from metagrad_filter.blocks import BlockFilter, Choice, FilterConfig, annotated
+from metagrad_filter.decisions import UNDECIDED
 from metagrad_filter.errors import ConfigError, StateMismatch, WindowError
-from metagrad_filter.selection import block_of_kept, kept_before
+from metagrad_filter.online import OnlineFilter
+from metagrad_filter.selection import Cap, block_of_kept, kept_before
 from metagrad_filter.windows import Windows
 
-_STATE_FORMAT = 1
+_STATE_FORMAT = 2
 
 # Choices of this many blocks are remembered (kilobytes each, for access out of order), and kept
 # elements that nobody took yet only of the newest few: sequential reading needs no more.
@@ -60,6 +68,9 @@ def score_filter(
     name: str = "default",
     explore: float = 0.0,
     annotate: bool = False,
+    caps: Cap | Sequence[Cap] = (),
+    rule: str = "block",
+    bad_windows: str = "raise",
 ) -> Any:
     """Keeps the windows of a grain dataset that the published scorers rank highest.
 
@@ -69,7 +80,7 @@ def score_filter(
 
     Args:
       ds: elements hold one window each.
-      run_dir: directory shared with the calibrator.
+      run_dir: directory shared with the calibrator, or a `gs://`, `s3://` or `memory://` URL.
       keep_ratio: share of windows kept, in (0, 1]; 1 leaves the dataset unchanged.
       windows: how an element becomes an array, `TextWindows` or `SeriesWindows`.
       block_windows: M, windows ranked together; 256 or more loses little against a global ranking.
@@ -79,6 +90,13 @@ def score_filter(
       explore: share of the kept windows drawn uniformly, in [0, 1].
       annotate: add `score` (float32, NaN where uniform) and `scorer_version` (int, 0 where uniform)
         to copies of the kept elements, which must be dicts.
+      caps: limits on how many kept windows of a block may share a source, a cluster or their
+        content, for instance `Cap("source", share=0.5)`.
+      rule: "block" reads M windows and keeps exactly its quota; "threshold" decides on one window
+        at a time without reading ahead and holds the ratio within one percentage point over any
+        10,000 windows (`IterDataset` only).
+      bad_windows: "raise" ends with a `WindowError` where a window cannot be read; "last" ranks it
+        last, warns once and counts it (`mgf.counters(name)`).
 
     Returns:
       A dataset of the same kind.
@@ -113,9 +131,17 @@ def score_filter(
         name=name,
         explore=explore,  # pyright: ignore[reportArgumentType]
         annotate=annotate,
+        caps=caps,  # pyright: ignore[reportArgumentType]
+        rule=rule,
+        bad_windows=bad_windows,
         order=order,
     )
     if isinstance(ds, grain.MapDataset):
+        if rule == "threshold":
+            raise ConfigError(
+                "rule='threshold' decides in the order of arrival, a MapDataset has none; use the "
+                "block rule, or filter ds.to_iter_dataset()."
+            )
         return ScoreFilterMapDataset(ds, config)
     return ScoreFilterIterDataset(ds, config)
 
@@ -322,6 +348,9 @@ class ScoreFilterIterDataset(grain.IterDataset):
         self._MUTATES_ELEMENT_SPEC = config.annotate
 
     def __iter__(self) -> grain.DatasetIterator:
+        _refuse_interleave()
+        if self._config.rule == "threshold":
+            return _ThresholdDatasetIterator(self._parent.__iter__(), self._config)
         return _ScoreFilterDatasetIterator(self._parent.__iter__(), self._config)
 
     @property
@@ -332,18 +361,65 @@ class ScoreFilterIterDataset(grain.IterDataset):
         return _describe("ScoreFilterIterDataset", self._config)
 
 
-class _ScoreFilterDatasetIterator(grain.DatasetIterator):
-    """Reads a block from the parent, chooses, and hands out what is kept.
-
-    State: the parent's state at the start of the block and the position in it, never elements. An
-    iterator above may set an older state and read again; the ledger makes the answer the same.
-    """
+class _FilterDatasetIterator(grain.DatasetIterator):
+    """What both rules share: state that names the filter it belongs to, and grain's manners."""
 
     _MUTATES_ELEMENT_SPEC = False
 
     def __init__(self, parent: grain.DatasetIterator, config: FilterConfig):
         super().__init__(parent)
         self._config = config
+        # One string: states are copied for every element, and a string is copied for nothing.
+        self._record = json.dumps(config.record(), sort_keys=True)
+        self._at_start = True
+
+    def _state(self, parent: dict[str, Any], **own: Any) -> dict[str, Any]:
+        if self._at_start:
+            _refuse_repeat()
+        return {
+            "parent": parent,
+            **own,
+            "filter": self._record,
+            "workers": _workers(self),
+            "format": _STATE_FORMAT,
+        }
+
+    def _check_state(self, state: Any, *own: str) -> None:
+        expected = {"parent", *own, "filter", "workers", "format"}
+        if not isinstance(state, dict) or set(state) != expected:
+            seen = sorted(state) if isinstance(state, dict) else type(state).__name__
+            raise StateMismatch(
+                f"The checkpoint's filter state has fields {seen}, expected {sorted(expected)}; "
+                "it was written by another pipeline, restore it with that one."
+            )
+        if state["format"] != _STATE_FORMAT:
+            raise StateMismatch(
+                f"The checkpoint's filter state has format {state['format']!r}, this package "
+                f"reads {_STATE_FORMAT}; resume with the package version that wrote it."
+            )
+        if state["filter"] != self._record:
+            _name_the_field(state["filter"], self._config.record())
+        if state["workers"] != _workers(self):
+            raise StateMismatch(
+                f"The checkpoint was written with num_workers={state['workers']!r} and is restored "
+                f"with {_workers(self)}; over an IterDataset every worker counts its own blocks, "
+                "so resume with the same number, or filter a MapDataset."
+            )
+
+    @property
+    def _element_spec(self) -> Any:
+        return _element_spec(self._parent, self._config)
+
+
+class _ScoreFilterDatasetIterator(_FilterDatasetIterator):
+    """Reads a block from the parent, chooses, and hands out what is kept.
+
+    State: the parent's state at the start of the block and the position in it, never elements. An
+    iterator above may set an older state and read again; the ledger makes the answer the same.
+    """
+
+    def __init__(self, parent: grain.DatasetIterator, config: FilterConfig):
+        super().__init__(parent, config)
         self._filter = BlockFilter(config)
         self._start: dict[str, Any] | None = None
         self._after: dict[str, Any] | None = None
@@ -370,17 +446,14 @@ class _ScoreFilterDatasetIterator(grain.DatasetIterator):
         config = self._config
         if self._start is None:
             self._start = copy.deepcopy(self._parent.get_state())
+        self._at_start = False
         elements = []
         with contextlib.suppress(StopIteration):
             while len(elements) < config.block_windows:
                 elements.append(next(self._parent))
         if not elements:
             if self._block == 0:
-                raise WindowError(
-                    "The dataset ended before its first element, expected at least one window; "
-                    "check the source's files and earlier filters, and that there are not more "
-                    "workers or shards than elements."
-                )
+                raise _empty()
             raise StopIteration
         self._after = copy.deepcopy(self._parent.get_state())
         with _self_time(self):
@@ -406,27 +479,12 @@ class _ScoreFilterDatasetIterator(grain.DatasetIterator):
 
     def get_state(self) -> dict[str, Any]:
         parent = self._parent.get_state() if self._start is None else self._start
-        return {
-            "parent": parent,
-            "block": self._block,
-            "next_in_block": self._next,
-            "version": self._version,
-            "format": _STATE_FORMAT,
-        }
+        return self._state(
+            parent, block=self._block, next_in_block=self._next, version=self._version
+        )
 
     def set_state(self, state: dict[str, Any]) -> None:
-        expected = {"parent", "block", "next_in_block", "version", "format"}
-        if not isinstance(state, dict) or set(state) != expected:
-            seen = sorted(state) if isinstance(state, dict) else type(state).__name__
-            raise StateMismatch(
-                f"The checkpoint's filter state has fields {seen}, expected {sorted(expected)}; "
-                "it was written by another pipeline, restore it with that one."
-            )
-        if state["format"] != _STATE_FORMAT:
-            raise StateMismatch(
-                f"The checkpoint's filter state has format {state['format']!r}, this package "
-                f"reads {_STATE_FORMAT}; resume with the package version that wrote it."
-            )
+        self._check_state(state, "block", "next_in_block", "version")
         self._parent.set_state(state["parent"])
         self._start, self._after = state["parent"], None
         self._block = int(state["block"])
@@ -438,11 +496,112 @@ class _ScoreFilterDatasetIterator(grain.DatasetIterator):
         return _describe("ScoreFilterDatasetIterator", self._config)
 
 
+class _ThresholdDatasetIterator(_FilterDatasetIterator):
+    """Decides on each window as it comes; state is the parent's, and the rule's few kilobytes."""
+
+    def __init__(self, parent: grain.DatasetIterator, config: FilterConfig):
+        super().__init__(parent, config)
+        self._online = OnlineFilter(config)
+
+    def __next__(self) -> Any:
+        self._assert_not_closed()
+        while True:
+            try:
+                element = next(self._parent)
+            except StopIteration:
+                if self._at_start:
+                    raise _empty() from None
+                raise
+            self._at_start = False
+            with _self_time(self):
+                decision = self._online.offer(element)
+                if decision.kept and self._config.annotate:
+                    element = annotated(element, decision.score, decision.version)
+            if decision.kept:
+                return _record_output(self, element)
+
+    def get_state(self) -> dict[str, Any]:
+        return self._state(self._parent.get_state(), online=self._online.state())
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._check_state(state, "online")
+        self._parent.set_state(state["parent"])
+        self._online.restore(state["online"])
+
+    def __str__(self) -> str:
+        return _describe("ThresholdFilterDatasetIterator", self._config)
+
+
 def _describe(name: str, config: FilterConfig) -> str:
     return (
         f"{name}(name={config.name!r}, keep_ratio={config.keep_ratio}, "
         f"block_windows={config.block_windows})"
     )
+
+
+def _empty() -> WindowError:
+    return WindowError(
+        "The dataset ended before its first element, expected at least one window; check the "
+        "source's files and earlier filters, and that there are not more workers or shards than "
+        "elements."
+    )
+
+
+def _name_the_field(recorded: Any, now: dict[str, Any]) -> None:
+    """Raises `StateMismatch` naming the first field in which two configurations differ."""
+    try:
+        before = json.loads(recorded)
+    except (TypeError, ValueError):
+        before = None
+    if not isinstance(before, dict):
+        raise StateMismatch(
+            f"The checkpoint's filter state describes its filter as {recorded!r}; it is damaged, "
+            "restore an earlier checkpoint."
+        )
+    for field in sorted(before.keys() | now.keys()):
+        if before.get(field) != now.get(field):
+            raise StateMismatch(
+                f"The checkpoint was written by a filter with {field}={before.get(field)!r}, this "
+                f"one has {now.get(field)!r}; resume with the recorded value."
+            )
+
+
+# A filter inside an interleave starts anew in every file, and one below a repeat in every epoch:
+# both would stay on the first scorer version for ever. grain tells a dataset nothing about what is
+# built on it, so the callers on the stack are asked; where their names change, nothing is refused.
+_SHARDS = {"ProcessPrefetchIterDataset", "_MpContextIterDataset"}  # grain's own workers
+
+
+def _refuse_interleave() -> None:
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_add_prefetch_and_make_iterator":
+            if type(frame.f_locals.get("ds")).__name__ not in _SHARDS:
+                raise ConfigError(
+                    "score_filter stands inside an InterleaveIterDataset, where it starts anew in "
+                    "every file; put it after the interleave: "
+                    "score_filter(InterleaveIterDataset(...), ...)."
+                )
+            return
+        frame = frame.f_back
+
+
+def _refuse_repeat() -> None:
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_qualname == "_RepeatDatasetIterator.__init__":
+            raise ConfigError(
+                "score_filter stands before a RepeatIterDataset, which would replay the scorer "
+                "versions of the first epoch in every other; repeat before the filter "
+                "(MapDataset.repeat, or RepeatIterDataset below score_filter)."
+            )
+        frame = frame.f_back
+
+
+def _workers(iterator: grain.DatasetIterator) -> int:
+    """Returns how many grain workers share the dataset; 1 where that is not known."""
+    context = getattr(getattr(iterator, "_ctx", None), "mp_context", None)
+    return int(getattr(context, "process_count", 1))
 
 
 def _element_spec(parent: Any, config: FilterConfig) -> Any:

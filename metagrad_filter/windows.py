@@ -104,7 +104,7 @@ class SeriesWindows:
         for position, array in enumerate(arrays):
             if array.dtype.kind not in "fiu":
                 raise WindowError(f"Window {position} has dtype {array.dtype}, expected numbers.")
-        # Values beyond float32 become inf here; the scorer answers non-finite, which ranks last.
+        # Values beyond float32 become inf here, which the scorer counts as missing.
         with np.errstate(over="ignore"):
             stacked = np.stack(arrays).astype(np.float32)
         if self.mask_key is not None:

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import metagrad_filter as mgf
-from metagrad_filter import blocks
+from metagrad_filter.counting import FilterCounters, counters
 from metagrad_filter.errors import ConfigError, ScorerRejected, StateMismatch, WindowError
 from metagrad_filter.selection import kept_before
 
@@ -53,6 +53,12 @@ def indices(ds) -> list[int]:
 
 def publish(run_dir, seed=1, **fields) -> int:
     return mgf.Registry(run_dir).publish(make_scorer(seed, **fields))
+
+
+def replace_scorer(ds, scorer) -> None:
+    """Makes version 1 of a map dataset's first interval any object."""
+    decisions = ds._blocks()._filter._scorer._decisions
+    decisions._versions[0], decisions._scorers[1] = 1, scorer
 
 
 def as_iter(ds):
@@ -154,11 +160,25 @@ def test_other_datasets_and_directories_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="adapters"):
         mgf.score_filter([1, 2], tmp_path, **options)  # pyright: ignore[reportArgumentType]
     ds = grain.MapDataset.source(make_elements(3))
-    with pytest.raises(ConfigError, match="local"):
-        mgf.score_filter(ds, "gs://bucket/run", **options)
+    with pytest.raises(ConfigError, match="expected a directory or a URL"):
+        mgf.score_filter(ds, "ftp://host/run", **options)
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="run_dir"):
         mgf.score_filter(ds, tmp_path / "file", **options)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_run_behind_a_url_gives_the_same_stream(tmp_path, path):
+    elements = make_elements(60)
+    publish(tmp_path)
+    url = f"memory://{tmp_path.name}"
+    publish(url)
+    assert indices(as_iter(filtered(elements, url, path))) == indices(
+        as_iter(filtered(elements, tmp_path, path))
+    )
+    assert mgf.Ledger(url).entries().keys() == {0, 1, 2}
+    as_url = indices(as_iter(filtered(elements, tmp_path.as_uri(), path)))
+    assert as_url == indices(as_iter(filtered(elements, tmp_path, path)))
 
 
 def test_an_empty_dataset_says_what_to_check(tmp_path):
@@ -342,7 +362,7 @@ class CountingSource:
 
 def test_read_threads_read_every_window_once_and_together(tmp_path):
     publish(tmp_path)
-    before = blocks.counters("threads").blocks
+    before = counters("threads").blocks
     counting = CountingSource(make_elements(400))
     ds = mgf.score_filter(
         grain.MapDataset.source(counting),
@@ -354,7 +374,7 @@ def test_read_threads_read_every_window_once_and_together(tmp_path):
     )
     threaded = indices(ds.to_iter_dataset(grain.ReadOptions(16, 64)))
     assert sorted(counting.reads) == list(range(400))
-    assert blocks.counters("threads").blocks - before == 4
+    assert counters("threads").blocks - before == 4
     assert threaded == indices(as_iter(ds))
 
 
@@ -528,8 +548,9 @@ def test_resume_through_orbax(tmp_path, path):
     "change",
     [
         lambda state: state.pop("block"),
-        lambda state: state.update(format=2),
+        lambda state: state.update(format=1),
         lambda state: state.update(extra=1),
+        lambda state: state.update(filter="{"),
     ],
 )
 def test_a_foreign_state_is_refused(tmp_path, change):
@@ -597,11 +618,11 @@ def test_a_corrupt_newest_scorer_falls_back_to_the_older_one(tmp_path, path, dam
         file.unlink()
     else:
         file.write_bytes(data[: len(data) // 2] if damage == "truncate" else data)
-    before = blocks.counters().versions_skipped
+    before = counters().versions_skipped
     with pytest.warns(RuntimeWarning, match="version 2"):
         ds = filtered(make_elements(40), tmp_path, path, annotate=True)
         assert {e["scorer_version"] for e in as_iter(ds)} == {1}
-    assert blocks.counters().versions_skipped == before + 2
+    assert counters().versions_skipped > before
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -671,7 +692,7 @@ def test_a_ledger_that_cannot_be_written_does_not_stop_the_stream(tmp_path, path
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("metagrad_filter.ledger.write_once", full)
+    monkeypatch.setattr("metagrad_filter.store.LocalStore.write_once", full)
     with pytest.warns(RuntimeWarning, match="cannot be recorded") as caught:
         versions += [e["scorer_version"] for e in iterator]
     assert len(caught) == 1 and versions == [1] * 18
@@ -705,9 +726,6 @@ def test_padding_comes_from_the_windows_or_the_scorer(tmp_path):
 
 
 def test_non_finite_scores_rank_last_and_are_counted(tmp_path):
-    scorer = make_scorer(1, bits=1)
-    scorer.linear[:] = 3e38
-    publish(tmp_path, 1)
     elements = make_elements(20)
 
     class Odd:
@@ -719,11 +737,206 @@ def test_non_finite_scores_rank_last_and_are_counted(tmp_path):
             return scores
 
     ds = filtered(elements, tmp_path, name="odd")
-    filter_ = ds._blocks()._filter
-    filter_._scorers[1] = Odd()
-    filter_._decisions[0] = 1
+    replace_scorer(ds, Odd())
     assert indices(as_iter(ds)) == [4, 5, 6, 14, 15, 16]
-    assert blocks.counters("odd").non_finite_scores == 6
+    assert counters("odd").non_finite_scores == 6
+
+
+class Broken:
+    """A scorer that works for one block and then no more."""
+
+    kind, strength, calls = "text", float("inf"), 0
+
+    def score(self, windows):
+        self.calls += 1
+        if self.calls > 1:
+            raise MemoryError("no table")
+        return np.arange(len(windows), dtype=np.float32)
+
+
+def test_a_scorer_that_fails_leaves_a_uniform_choice_one_warning_and_a_count(tmp_path):
+    elements = make_elements(60)
+    uniform = indices(as_iter(filtered(elements, tmp_path / "uniform", swap_every_blocks=6)))
+    ds = filtered(elements, tmp_path, swap_every_blocks=6)
+    replace_scorer(ds, Broken())
+    before = counters()
+    with pytest.warns(RuntimeWarning, match=r"failed \(MemoryError: no table\)") as caught:
+        kept = indices(as_iter(ds))
+    assert len(caught) == 1
+    assert kept == [7, 8, 9, *uniform[3:]]
+    after = counters()
+    assert after.scorer_failures - before.scorer_failures == 5
+    assert after.uniform_windows - before.uniform_windows == 50 + 0 * before.blocks
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_version_that_is_lost_while_training_runs_leaves_a_uniform_choice(tmp_path, path):
+    publish(tmp_path)
+    elements = make_elements(60)
+    ranked = indices(as_iter(filtered(elements, tmp_path, path)))
+    uniform = indices(as_iter(filtered(elements, tmp_path / "uniform", path)))
+    # Another version decided the later intervals, and is gone when this process arrives there.
+    entry = tmp_path / "ledger" / "default" / "00000001.json"
+    original = entry.read_bytes()
+    publish(tmp_path, 2)
+    manifest = json.loads((tmp_path / "registry" / "00000002.json").read_bytes())
+    changed = json.loads(original) | {"version": 2, "manifest_sha256": manifest["manifest_sha256"]}
+    entry.write_bytes(json.dumps(changed, sort_keys=True, separators=(",", ":")).encode())
+    (tmp_path / "registry" / "00000002.safetensors").unlink()
+    before = counters().versions_lost
+    with pytest.warns(RuntimeWarning, match="Training goes on: interval 1") as caught:
+        kept = indices(as_iter(filtered(elements, tmp_path, path)))
+    assert len(caught) == 1
+    assert kept == [*ranked[:6], *uniform[6:12], *ranked[12:]]
+    assert counters().versions_lost == before + 1
+
+
+def test_a_checkpoint_written_without_the_lost_version_resumes(tmp_path):
+    publish(tmp_path)
+    elements = make_elements(60)
+    list(as_iter(filtered(elements, tmp_path, "iter")))
+    lost = tmp_path / "registry" / "00000001.safetensors"
+    content = lost.read_bytes()
+    iterator = iter(filtered(elements, tmp_path, "iter", name="other"))
+    for _ in range(7):
+        next(iterator)
+    state = iterator.get_state() | {"version": 0}
+    iterator = iter(filtered(elements, tmp_path, "iter", name="other"))
+    iterator.set_state(state)
+    uniform = indices(as_iter(filtered(elements, tmp_path / "uniform", "iter", name="other")))
+    assert indices(iterator)[:2] == uniform[7:9]
+    lost.unlink()
+    iterator = iter(filtered(elements, tmp_path, "iter", name="other"))
+    iterator.set_state(state | {"version": 1})
+    with pytest.raises(ScorerRejected, match="cannot be replayed"):
+        next(iterator)
+    lost.write_bytes(content)
+
+
+# Groups.
+
+
+def with_source(n, sources):
+    return [e | {"source": np.array(s)} for e, s in zip(make_elements(n), sources)]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_caps_hold_in_every_block_and_the_quota_stays_exact(tmp_path, path):
+    publish(tmp_path)
+    sources = ["ab"[i % 5 == 0] for i in range(40)]
+    elements = with_source(40, sources)
+    free = indices(as_iter(filtered(elements, tmp_path, path, keep_ratio=0.5, name="free")))
+    caps = mgf.Cap("source", share=0.6)
+    capped = indices(as_iter(filtered(elements, tmp_path, path, keep_ratio=0.5, caps=caps)))
+    assert len(capped) == len(free) == 20 and capped != free
+    for block in range(4):
+        mine = [sources[i] for i in capped if i // 10 == block]
+        assert len(mine) == 5
+        # Three of five from "a" is the limit, and only two windows of "b" exist.
+        assert mine.count("b") == 2 and mine.count("a") == 3
+
+
+def test_copies_are_kept_once_while_there_is_something_else(tmp_path):
+    publish(tmp_path)
+    elements = make_elements(30)
+    scores = make_scorer(1).score(np.stack([e["tokens"] for e in elements]))
+    best = int(np.argmax(scores[:10]))
+    for i in range(10):
+        if i % 2:
+            elements[i] = {"tokens": elements[best]["tokens"], "index": i}
+    kept = indices(as_iter(filtered(elements, tmp_path, caps=[mgf.Cap(count=1)])))
+    copies = {i for i in kept if np.array_equal(elements[i]["tokens"], elements[best]["tokens"])}
+    assert len(copies) == 1 and len(kept) == 9
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ([np.arange(2)] * 10, "shape"),
+        ([[1]] * 10, "list"),
+        (None, "no entry 'source'"),
+    ],
+)
+def test_groups_that_cannot_be_read_are_named(tmp_path, sources, message):
+    elements = make_elements(10)
+    if sources is not None:
+        elements = [e | {"source": s} for e, s in zip(elements, sources)]
+    with pytest.raises(WindowError, match=message):
+        filtered(elements, tmp_path, caps=mgf.Cap("source", count=1))[0]
+
+
+# Bad windows.
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_bad_windows_can_rank_last_instead_of_ending_the_run(tmp_path, path):
+    publish(tmp_path)
+    elements = make_elements(20)
+    good = indices(as_iter(filtered(elements, tmp_path, path, name="good")))
+    elements[good[0]]["tokens"] = np.array([VOCAB, 1], np.int32)  # an id out of range, and ragged
+    elements[good[-1]] = {"index": good[-1]}  # no window at all
+    before = counters("bad").bad_windows
+    with pytest.warns(RuntimeWarning, match="ranks last") as caught:
+        kept = indices(as_iter(filtered(elements, tmp_path, path, name="bad", bad_windows="last")))
+    assert len(caught) == 1 and counters("bad").bad_windows == before + 2
+    assert len(kept) == 6 and not {good[0], good[-1]} & set(kept)
+    assert set(good[1:-1]) <= set(kept)
+
+
+# Placement.
+
+
+def test_a_filter_inside_an_interleave_is_refused(tmp_path):
+    def of_file(number):
+        return filtered(make_elements(20, seed=number), tmp_path, "iter")
+
+    files = grain.MapDataset.range(3).map(of_file)
+    ds = grain.experimental.InterleaveIterDataset(files, cycle_length=2)
+    with pytest.raises(ConfigError, match="put it after the interleave"):
+        list(ds)
+    sources = [source(make_elements(20, seed=i), "iter") for i in range(3)]
+    ds = grain.experimental.InterleaveIterDataset(sources, cycle_length=2)
+    ds = mgf.score_filter(ds, tmp_path, keep_ratio=0.5, windows=WINDOWS, name="after")
+    assert len(list(ds)) == 30
+
+
+def test_a_filter_below_a_repeat_is_refused(tmp_path):
+    ds = filtered(make_elements(20), tmp_path, "iter")
+    with pytest.raises(ConfigError, match="repeat before the filter"):
+        iter(grain.experimental.RepeatIterDataset(ds, 2))
+    with pytest.raises(ConfigError, match="repeat before the filter"):
+        iter(grain.experimental.RepeatIterDataset(ds.batch(2), 2))
+    ds = grain.experimental.RepeatIterDataset(source(make_elements(20), "iter"), 2)
+    ds = mgf.score_filter(ds, tmp_path, keep_ratio=0.5, windows=WINDOWS, name="after")
+    assert len(list(ds)) == 20
+
+
+def test_a_state_of_another_number_of_workers_says_so(tmp_path):
+    ds = filtered(make_elements(80), tmp_path, "iter")
+    iterator = iter(grain.experimental.multithread_prefetch(ds, num_threads=1, buffer_size=1))
+    next(iterator)
+    state = iterator.get_state()
+    iterator.close()
+    iterator = iter(grain.experimental.multithread_prefetch(ds, num_threads=2, buffer_size=1))
+    with pytest.raises(StateMismatch, match="num_workers=1 and is restored with 2"):
+        iterator.set_state(state)
+        next(iterator)
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"seed": 1}, "seed=0"),
+        ({"keep_ratio": 0.5}, "keep_ratio='3/10'"),
+        ({"block_windows": 20}, "block_windows=10"),
+        ({"rule": "threshold"}, "fields"),
+    ],
+)
+def test_a_state_of_another_filter_names_the_field(tmp_path, options, field):
+    state = iter(filtered(make_elements(40), tmp_path / "one", "iter")).get_state()
+    iterator = iter(filtered(make_elements(40), tmp_path / "two", "iter", **options))
+    with pytest.raises(StateMismatch, match=field):
+        iterator.set_state(json.loads(json.dumps(state)))
 
 
 # Processes.
@@ -840,4 +1053,4 @@ def test_errors_cross_process_borders():
 def test_counting_is_quiet():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert blocks.counters("never used") == blocks.FilterCounters()
+        assert counters("never used") == FilterCounters()
