@@ -1,15 +1,20 @@
 # make demo   set everything up and run the whole job on real text (under ten minutes, two cores)
 # make test   set everything up and pass the tests
-# make test-adapters   the tests that compare with other frameworks (installs torch)
+# make test-adapters   the tests against other loaders and frameworks (installs torch and others)
+# make fuzz   longer runs of the native cores under the sanitizers (FUZZ_CASES=...)
 # make lint   format, lint and type checks
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Any release will do; where a build without CUDA is at hand, name that one.
 TORCH ?= torch==2.13.0
-SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernels/*/*.cpp)
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernels/*/*.cpp kernels/*/*.h)
 
-.PHONY: demo quick test test-slow test-adapters lint format bench clean
+FUZZ_CASES ?= 200000
+FUZZ_FLAGS := -std=c++17 -O1 -g -ffp-contract=off -fsanitize=address,undefined \
+  -fno-sanitize-recover=all
+
+.PHONY: demo quick test test-slow test-adapters fuzz lint format bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/metagrad-filter demo
@@ -25,6 +30,13 @@ test-slow: $(VENV)/.test
 
 test-adapters: $(VENV)/.adapters
 	$(BIN)/python -m pytest tests/adapters
+
+fuzz:
+	mkdir -p build/fuzz
+	set -e; for source in tests/native/*_fuzz.cpp; do \
+	  program=build/fuzz/$$(basename $$source .cpp); \
+	  $(CXX) $(FUZZ_FLAGS) -I kernels/scorer $$source -o $$program; \
+	  $$program $(FUZZ_CASES) 1; done
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
@@ -42,6 +54,8 @@ bench: $(VENV)/.demo
 	$(BIN)/python -m bench.second_order
 	$(BIN)/python -m bench.lds
 	$(BIN)/python -m bench.stability
+	$(BIN)/python -m bench.throughput
+	$(BIN)/python -m bench.loader
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -175,6 +175,7 @@ NGRAM_LOOP void sum_rows(const std::int8_t* table, std::size_t stride, const std
   for (std::size_t start = 0; start < grams; start += 256) {
     const std::size_t stop = std::min(grams, start + 256);
     Shorts16 partial[BLOCKS] = {};  // 256 values of at most 128 fit sixteen bits
+#pragma GCC unroll 8
     for (std::size_t g = start; g < stop; ++g) {
       __builtin_prefetch(table + rows[g + AHEAD] * stride);
       const std::int8_t* row = table + rows[g] * stride;
