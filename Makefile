@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Any release will do; where a build without CUDA is at hand, name that one.
 TORCH ?= torch==2.13.0
+TORCHVISION ?= torchvision==0.28.0
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernels/*/*.cpp kernels/*/*.h)
 
 FUZZ_CASES ?= 200000
@@ -73,6 +74,8 @@ $(VENV)/.test: $(BIN)/python $(SOURCES)
 $(VENV)/.adapters: $(VENV)/.test
 	$(BIN)/python -m pip install -q '$(TORCH)'
 	$(BIN)/python -m pip install -q -e '.[demo,test,adapters]'
+	# MosaicML Streaming pins older releases of packages that it works with (numpy, transformers).
+	$(BIN)/python -m pip install -q --no-deps mosaicml-streaming==0.13.0 '$(TORCHVISION)'
 	touch $@
 
 $(VENV)/.lint: $(BIN)/python $(SOURCES)

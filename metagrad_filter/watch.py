@@ -113,8 +113,10 @@ class Watcher:
         self._closed = True
         if self._release is not None:
             self._release()
+            _reap()
 
     def _attach(self, inherited: _Poller | None) -> _Poller:
+        _reap()
         place = self.registry.directory
         key = place if isinstance(place, str) else os.path.abspath(place)
         with _lock:
@@ -133,7 +135,9 @@ class Watcher:
             poller.hurry(self.interval)
             if self._release is not None:
                 self._release.detach()
-            self._release = weakref.finalize(self, _leave, poller)
+            # Runs in whatever thread allocates next, under whatever lock that thread holds, even
+            # in one that another thread waits for: so it takes no lock, and `_reap` does the rest.
+            self._release = weakref.finalize(self, _left.append, poller)
             self._release.atexit = False
             self._poller = poller
         return poller
@@ -225,6 +229,7 @@ class _Poller:
             with self._turn:
                 self._ended = self._begun
                 self._turn.notify_all()
+            _reap()
             self._wake.wait(self.interval)
 
     def _still(self, error: Exception) -> str:
@@ -264,17 +269,24 @@ class _Poller:
 
 _lock = threading.RLock()
 _pollers: dict[str, _Poller] = {}
+_left: deque[_Poller] = deque()
 
 
-def _leave(poller: _Poller) -> None:
-    if poller.pid != os.getpid():
-        return
-    with _lock:
-        poller.users -= 1
-        if poller.users <= 0:
-            poller.stop()
-            if _pollers.get(poller.key) is poller:
-                del _pollers[poller.key]
+def _reap() -> None:
+    """Ends the threads that nobody uses any more; called where no lock is held."""
+    while True:
+        try:
+            poller = _left.popleft()
+        except IndexError:
+            return
+        if poller.pid != os.getpid():
+            continue
+        with _lock:
+            poller.users -= 1
+            if poller.users <= 0:
+                poller.stop()
+                if _pollers.get(poller.key) is poller:
+                    del _pollers[poller.key]
 
 
 def _forget() -> None:

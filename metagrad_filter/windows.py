@@ -158,7 +158,8 @@ def _arrays(elements: Sequence[Any], key: str | None, rank: int, axes: str) -> l
         value = _entry(element, key, position)
         try:
             array = np.asarray(value)
-        except ValueError as error:
+        # Tensors that cannot become arrays raise the other two, as torch's do.
+        except (TypeError, ValueError, RuntimeError) as error:
             raise WindowError(f"Window {position} is not an array: {error}") from None
         if array.ndim != rank:
             raise WindowError(

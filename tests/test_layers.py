@@ -32,6 +32,9 @@ HOT_LANE = [
     "metagrad_filter.decisions",
     "metagrad_filter.blocks",
     "metagrad_filter.online",
+    "metagrad_filter.adapters.options",
+    "metagrad_filter.adapters.sequence",
+    "metagrad_filter.adapters.stream",
     "metagrad_filter.transform",
 ]
 COLD = {"jax", "jaxlib", "flax", "optax", "orbax", "transformers", "tensorstore"}
