@@ -4,7 +4,8 @@ python -m bench.loader            measure, store bench/records/loader.json, prin
 python -m bench.loader --table    print the stored record
 
 The pipeline: a memory-mapped file of 256-token windows -> shuffle -> filter (a quarter is kept) ->
-batch of 32 -> iterator, in this process (grain's default read threads) or in two worker processes.
+batch of 32 -> iterator, in this process or in two worker processes; over a `MapDataset` (map), with
+grain's default read threads, and over an `IterDataset` (iter), read in one thread as a stream is.
 In the filter's place, taking turns:
 
 - `metagrad`: `score_filter` with a published scorer (`linear`, int8);
@@ -76,7 +77,8 @@ def pipeline(kind: str, path: str, folder: str, home: str, workers: int) -> grai
     """Returns a pipeline that ends in batches, for ever."""
     ds: Any = grain.MapDataset.source(Windows(path)).shuffle(seed=0).repeat()
     if home == "iter":
-        ds = ds.to_iter_dataset()
+        # As a streaming source is read: in order, in one thread.
+        ds = ds.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     if kind == "grain filter":
         ds = ds.filter(Coin())
     elif kind != "none":
