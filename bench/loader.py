@@ -1,7 +1,7 @@
 """What the filter costs inside a grain pipeline, and whether its memory grows.
 
-python -m bench.loader            measure, store bench/records/loader.json, print the table
-python -m bench.loader --table    print the stored record
+python -m bench.loader            measure, store bench/records/loader.json, write the README's table
+python -m bench.loader --table    write the table from the stored record
 
 The pipeline: a memory-mapped file of 256-token windows -> shuffle -> filter (a quarter is kept) ->
 batch of 32 -> iterator, in this process or in two worker processes; over a `MapDataset` (map), with
@@ -36,6 +36,7 @@ import numpy as np
 from absl import flags
 
 import metagrad_filter as mgf
+from bench.readme import README, replaced
 from bench.throughput import VOCAB, environment, random_scorer, windows_of
 
 RECORD = Path(__file__).parent / "records" / "loader.json"
@@ -261,6 +262,7 @@ def table(record: dict[str, Any]) -> str:
 
 def main() -> None:
     record = json.loads(RECORD.read_text()) if "--table" in sys.argv else measure()
+    README.write_text(replaced(README.read_text(), "loader-table", table(record)))
     print(table(record))
 
 

@@ -1,7 +1,7 @@
 """Tokens per second of the text scorer on one core, beside other scorers, in one run.
 
-python -m bench.throughput            measure, store bench/records/throughput.json, print the table
-python -m bench.throughput --table    print the stored record
+python -m bench.throughput            measure, store bench/records/throughput.json, fill the README
+python -m bench.throughput --table    write the table from the stored record
 
 Every engine lives in a process of its own, pinned to one core (`bench/peers/measure.py`), and they
 take turns, so that noise hits all alike; an engine's figure is the best of its turns, and all turns
@@ -48,6 +48,7 @@ from typing import Any
 import numpy as np
 
 from bench.peers.measure import EngineProcess
+from bench.readme import README, replaced
 
 RECORD = Path(__file__).parent / "records" / "throughput.json"
 FASTTEXT = "METAGRAD_FILTER_FASTTEXT"
@@ -397,6 +398,7 @@ def main() -> None:
         train_fasttext(sys.argv[2])
         return
     record = json.loads(RECORD.read_text()) if "--table" in sys.argv else measure()
+    README.write_text(replaced(README.read_text(), "throughput-table", table(record)))
     print(table(record))
 
 

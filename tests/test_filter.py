@@ -345,6 +345,32 @@ def test_an_elastic_iterator_gives_the_same_batches_for_any_number_of_hosts(tmp_
     assert batches(1) == batches(2) == batches(4)
 
 
+def test_an_elastic_iterator_goes_on_with_another_number_of_hosts(tmp_path):
+    publish(tmp_path)
+    ds = filtered(make_elements(200), tmp_path)
+
+    def hosts(count):
+        return [
+            grain.experimental.ElasticIterator(
+                ds, 12, grain.sharding.ShardOptions(host, count), read_options=IN_PROCESS
+            )
+            for host in range(count)
+        ]
+
+    def step(iterators):
+        return sorted(np.concatenate([next(i)["index"] for i in iterators]).tolist())
+
+    four = hosts(4)
+    stream = [step(four), step(four)]
+    state = json.loads(json.dumps(four[0].get_state()))
+    two = hosts(2)
+    for iterator in two:
+        iterator.set_state(state)
+    stream += [step(two) for _ in range(3)]
+    one = hosts(1)
+    assert stream == [step(one) for _ in range(5)]
+
+
 class CountingSource:
     """Counts reads; threads may read at once."""
 

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import metagrad_filter as mgf
-from bench import metagradients
+from bench import loader, metagradients, throughput
 from bench.demo import RECORD, with_table
 from bench.readme import README, replaced
 from metagrad_filter.proxy import DecoderConfig, DecoderLoss, init_decoder
@@ -73,6 +73,14 @@ def test_the_metagradients_tables_are_the_record():
     readme, record = README.read_text(), json.loads(metagradients.RECORD.read_text())
     text = metagradients.table(record)
     assert replaced(readme, "metagradients-table", text) == readme
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(throughput, "throughput-table"), (loader, "loader-table")]
+)
+def test_the_cost_tables_are_the_records(module, name):
+    readme, record = README.read_text(), json.loads(module.RECORD.read_text())
+    assert replaced(readme, name, module.table(record)) == readme
 
 
 def test_record_has_three_paired_seeds_and_every_method():
