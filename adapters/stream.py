@@ -29,6 +29,7 @@ from metagrad_filter.blocks import BlockFilter, FilterConfig, annotated
 from metagrad_filter.decisions import UNDECIDED
 from metagrad_filter.errors import StateMismatch, WindowError
 from metagrad_filter.online import OnlineFilter
+from metagrad_filter.resume import check_state
 
 _STATE_FORMAT = 1
 
@@ -142,26 +143,10 @@ class FilteredStream(Iterator[Any]):
         Raises:
           StateMismatch: the state is another filter's; names the first field that differs.
         """
-        state = self._checked(state_dict)
-        self._rule.restore(state)
-        self._parent, self._loaded = None, copy.deepcopy(state["parent"])
-
-    def _checked(self, state: Any) -> dict[str, Any]:
         fields = {"parent", *self._rule.state(), "filter", "format"}
-        if not isinstance(state, dict) or set(state) != fields:
-            seen = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
-            raise StateMismatch(
-                f"The checkpoint's filter state has fields {seen}, expected {sorted(fields)}; "
-                "it was written by another loader, restore it with that one."
-            )
-        if state["format"] != _STATE_FORMAT:
-            raise StateMismatch(
-                f"The checkpoint's filter state has format {state['format']!r}, this package "
-                f"reads {_STATE_FORMAT}; resume with the package version that wrote it."
-            )
-        if state["filter"] != self._record:
-            _name_the_field(state["filter"], self._record)
-        return state
+        check_state(state_dict, fields, format=_STATE_FORMAT, record=self._record)
+        self._rule.restore(state_dict)
+        self._parent, self._loaded = None, copy.deepcopy(state_dict["parent"])
 
 
 class _ByBlock:
@@ -334,23 +319,3 @@ class _Parent(Iterator[Any]):
         if self._stateful is not None:
             return copy.deepcopy(self._stateful.state_dict())
         return {"windows_seen": self._count}
-
-
-def _name_the_field(recorded: Any, now: str) -> None:
-    """Raises `StateMismatch` naming the first field in which two configurations differ."""
-    try:
-        before = json.loads(recorded)
-    except (TypeError, ValueError):
-        before = None
-    if not isinstance(before, dict):
-        raise StateMismatch(
-            f"The checkpoint's filter state describes its filter as {str(recorded)[:80]!r}; it is "
-            "damaged, restore an earlier checkpoint."
-        )
-    present = json.loads(now)
-    for field in sorted(before.keys() | present.keys()):
-        if before.get(field) != present.get(field):
-            raise StateMismatch(
-                f"The checkpoint was written by a filter with {field}={before.get(field)!r}, this "
-                f"one has {present.get(field)!r}; resume with the recorded value."
-            )

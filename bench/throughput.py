@@ -144,7 +144,7 @@ def random_scorer(preset: str, dtype: str) -> Any:
     def normal(*shape: int) -> np.ndarray:
         return rng.normal(size=shape).astype(np.float32)
 
-    head = {}
+    head: dict[str, Any] = {}
     if hidden:
         head = {
             "hidden_kernel": normal(width, hidden),
@@ -191,7 +191,7 @@ class ScikitLearn(_Timed):
         strings = strings_of(windows_of(stream, length, 4 * BATCH))
         self.vectorizer = HashingVectorizer(ngram_range=(1, 2), n_features=2**20)
         labels = np.arange(len(strings)) % 2
-        self.model = SGDClassifier(max_iter=1, tol=None).fit(
+        self.model = SGDClassifier(max_iter=1, tol=1.0).fit(
             self.vectorizer.transform(strings), labels
         )
         parts = [strings[i : i + BATCH] for i in range(0, len(strings), BATCH)]
@@ -275,10 +275,11 @@ def measure() -> dict[str, Any]:
 
 def _measure_one(stream: str, length: int, program: str | None, missing: set[str]) -> list[dict]:
     engines: dict[str, EngineProcess] = {}
-    for name, *arguments in OURS:
+    for name, preset, dtype, batch, isa in OURS:
         # The second stream and the longer window answer for the presets only.
-        if (stream, length) == ("zipf", 256) or (arguments[2] > 1 and arguments[3] == ""):
-            engines[name] = EngineProcess(Ours, *arguments, stream, length, name=name)
+        if (stream, length) == ("zipf", 256) or (batch > 1 and not isa):
+            arguments = (preset, dtype, batch, isa, stream, length)
+            engines[name] = EngineProcess(Ours, *arguments, name=name)
     for name, (make, _) in PEERS.items():
         if name not in missing and stream == "zipf":
             engines[name] = EngineProcess(make, stream, length, name=name)

@@ -42,6 +42,7 @@ from metagrad_filter.blocks import BlockFilter, Choice, FilterConfig, annotated
 from metagrad_filter.decisions import UNDECIDED
 from metagrad_filter.errors import ConfigError, StateMismatch, WindowError
 from metagrad_filter.online import OnlineFilter
+from metagrad_filter.resume import check_state
 from metagrad_filter.selection import Cap, block_of_kept, kept_before
 from metagrad_filter.windows import Windows
 
@@ -369,7 +370,6 @@ class _FilterDatasetIterator(grain.DatasetIterator):
     def __init__(self, parent: grain.DatasetIterator, config: FilterConfig):
         super().__init__(parent)
         self._config = config
-        # One string: states are copied for every element, and a string is copied for nothing.
         self._record = json.dumps(config.record(), sort_keys=True)
         self._at_start = True
 
@@ -385,30 +385,14 @@ class _FilterDatasetIterator(grain.DatasetIterator):
         }
 
     def _check_state(self, state: Any, *own: str) -> None:
-        expected = {"parent", *own, "filter", "workers", "format"}
-        if not isinstance(state, dict) or set(state) != expected:
-            seen = sorted(state) if isinstance(state, dict) else type(state).__name__
-            raise StateMismatch(
-                f"The checkpoint's filter state has fields {seen}, expected {sorted(expected)}; "
-                "it was written by another pipeline, restore it with that one."
-            )
-        if state["format"] != _STATE_FORMAT:
-            raise StateMismatch(
-                f"The checkpoint's filter state has format {state['format']!r}, this package "
-                f"reads {_STATE_FORMAT}; resume with the package version that wrote it."
-            )
-        if state["filter"] != self._record:
-            _name_the_field(state["filter"], self._config.record())
+        fields = {"parent", *own, "filter", "workers", "format"}
+        check_state(state, fields, format=_STATE_FORMAT, record=self._record)
         if state["workers"] != _workers(self):
             raise StateMismatch(
                 f"The checkpoint was written with num_workers={state['workers']!r} and is restored "
                 f"with {_workers(self)}; over an IterDataset every worker counts its own blocks, "
                 "so resume with the same number, or filter a MapDataset."
             )
-
-    @property
-    def _element_spec(self) -> Any:
-        return _element_spec(self._parent, self._config)
 
 
 class _ScoreFilterDatasetIterator(_FilterDatasetIterator):
@@ -545,25 +529,6 @@ def _empty() -> WindowError:
         "source's files and earlier filters, and that there are not more workers or shards than "
         "elements."
     )
-
-
-def _name_the_field(recorded: Any, now: dict[str, Any]) -> None:
-    """Raises `StateMismatch` naming the first field in which two configurations differ."""
-    try:
-        before = json.loads(recorded)
-    except (TypeError, ValueError):
-        before = None
-    if not isinstance(before, dict):
-        raise StateMismatch(
-            f"The checkpoint's filter state describes its filter as {recorded!r}; it is damaged, "
-            "restore an earlier checkpoint."
-        )
-    for field in sorted(before.keys() | now.keys()):
-        if before.get(field) != now.get(field):
-            raise StateMismatch(
-                f"The checkpoint was written by a filter with {field}={before.get(field)!r}, this "
-                f"one has {now.get(field)!r}; resume with the recorded value."
-            )
 
 
 # A filter inside an interleave starts anew in every file, and one below a repeat in every epoch:

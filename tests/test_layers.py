@@ -32,6 +32,7 @@ HOT_LANE = [
     "metagrad_filter.decisions",
     "metagrad_filter.blocks",
     "metagrad_filter.online",
+    "metagrad_filter.resume",
     "metagrad_filter.adapters.options",
     "metagrad_filter.adapters.sequence",
     "metagrad_filter.adapters.stream",
