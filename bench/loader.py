@@ -58,9 +58,10 @@ class Windows:
         return WINDOWS
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        if self._array is None:
-            self._array = np.load(self._path, mmap_mode="r")
-        return {"tokens": np.array(self._array[index])}
+        array = self._array
+        if array is None:
+            array = self._array = np.load(self._path, mmap_mode="r")
+        return {"tokens": np.array(array[index])}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_path": self._path, "_array": None}
