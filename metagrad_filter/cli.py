@@ -167,7 +167,8 @@ def _installation_table(found: dict[str, Any]) -> Table:
         table.add_row(name, number or "missing")
     table.add_row("devices", ", ".join(found["devices"]) or "none")
     native = found["native_scorer"]
-    table.add_row("native scorer", "loaded" if native["loaded"] else f"no: {native['reason']}")
+    scorer = native["instruction_set"] if native["loaded"] else f"no: {native['reason']}"
+    table.add_row("native scorer", scorer)
     sizes = [f"{size / 2**30:.1f} GiB" for size in found["memory"].values() if size is not None]
     table.add_row("memory, available", ", ".join(sizes) or "unknown")
     return table

@@ -22,7 +22,8 @@ def inspect_installation() -> dict[str, Any]:
 
     Returns:
       `versions` by package (None where it is missing), `devices` that jax sees, `native_scorer`
-      with `loaded` and the `reason` where it is not, `memory` in bytes, and `problems`: a sentence
+      with `loaded`, the `reason` where it is not and the `instruction_set` where it is, `memory`
+      in bytes, and `problems`: a sentence
       for each thing that keeps the package from working. Scoring without native code is slower and
       gives the same results, so it is no problem.
     """
@@ -54,7 +55,7 @@ def native_scorer() -> dict[str, Any]:
         importlib.import_module(_NATIVE)
     except ImportError as error:
         return {"loaded": False, "reason": f"{error}; numpy scores the same, several times slower"}
-    return {"loaded": True, "reason": None}
+    return {"loaded": True, "reason": None, "instruction_set": scorer.isa()}
 
 
 def _devices() -> tuple[list[str], str | None]:
