@@ -11,6 +11,7 @@ import os
 import pickle
 import shutil
 import signal
+import time
 from dataclasses import dataclass, replace
 
 import grain
@@ -22,13 +23,16 @@ import pytest
 
 import metagrad_filter as mgf
 from metagrad_filter.calibration.gate import decide, draw
+from metagrad_filter.calibration.lease import Lease
+from metagrad_filter.calibration.limits import Limits
 from metagrad_filter.calibration.live import latest_live
 from metagrad_filter.calibration.round import split_source
-from metagrad_filter.calibration.source import WindowSource
+from metagrad_filter.calibration.source import WindowCheck, WindowSource
 from metagrad_filter.errors import CalibrationFailed, ConfigError, DataError, WindowError
 from metagrad_filter.labels import LabelStore
 from metagrad_filter.metagradient.trajectory import run
 from metagrad_filter.proxy import DecoderConfig, DecoderLoss, init_decoder
+from metagrad_filter.spool import Spool, SpooledWindows
 
 VOCAB, LENGTH = 32, 10
 ON, OFF, CORRUPT = 0, 1, 2
@@ -426,6 +430,35 @@ def test_killing_the_worker_changes_nothing_for_the_loader(after_one_round):
     assert kept == alone
 
 
+@pytest.mark.filterwarnings("ignore:the calibration worker ended early")
+def test_a_second_worker_ends_with_the_reason_and_the_first_is_undisturbed(tmp_path):
+    calibrator = make_calibrator(tmp_path)
+    message = "ConfigError: .* is being calibrated by process"
+    with (
+        Lease(tmp_path).holding(),
+        calibrator.background(wait_seconds=0.0) as worker,
+        pytest.raises(CalibrationFailed, match=rf"(?s)exit code 1.*{message}"),
+    ):
+        worker.wait(1)
+    assert mgf.Registry(tmp_path).versions() == []
+
+
+def test_the_worker_keeps_its_limits_holds_the_lease_and_waits_for_the_spool(tmp_path):
+    calibrator = make_calibrator(tmp_path, windows=SpooledWindows(tmp_path))
+    limits = Limits(niceness=3, threads=1, device="cpu")
+    with calibrator.background(limits=limits) as worker:
+        end = time.monotonic() + 60
+        while not (tmp_path / "lease" / "holder.json").exists():
+            assert worker.alive and time.monotonic() < end
+            time.sleep(0.1)
+        niceness = os.getpriority(os.PRIO_PROCESS, worker.process.pid)
+        assert niceness == min(19, os.nice(0) + 3)
+        with pytest.raises(ConfigError, match=f"by process {worker.process.pid} "):
+            calibrator.round()
+        assert worker.alive and calibrator.reports() == []
+    assert worker.process.exitcode == 0
+
+
 def test_leaving_the_block_ends_the_worker(tmp_path):
     with make_calibrator(tmp_path).background() as worker:
         assert worker.alive
@@ -516,6 +549,7 @@ def test_a_source_too_small_to_judge_by_is_refused_at_once(tmp_path):
         ("labels", 49),
         ("gate_pairs", 1),
         ("gate_steps", True),
+        ("spooled_windows", 99),
         ("learning_rate_scale", 0.0),
         ("learning_rate_scale", math.nan),
         ("keep_ratio", 1.0),
@@ -588,3 +622,38 @@ def test_sources_that_cannot_be_read_are_refused(tmp_path):
         WindowSource(dataset.to_iter_dataset(), mgf.TextWindows("tokens"))
     with pytest.raises(WindowError):
         WindowSource(dataset, mgf.TextWindows("words")).take(np.arange(2))
+
+
+def test_a_spool_is_read_as_of_the_last_refresh_and_ids_are_checked(tmp_path):
+    spool = Spool(tmp_path, share=1.0)
+    source = WindowSource(SpooledWindows(tmp_path), check=WindowCheck(VOCAB))
+    assert len(source) == 0 and source.lots is not None
+    spool.offer(0, WINDOWS[:150])
+    spool.flush()
+    assert len(source) == 0 and source.refresh() == len(source) == len(source.lots) == 150
+    np.testing.assert_array_equal(source.take(np.arange(150)), WINDOWS[:150])
+    assert pickle.loads(pickle.dumps(source)).take(np.arange(3)).shape == (3, LENGTH)
+    spool.offer(1, WINDOWS[:1] + VOCAB)
+    spool.flush()
+    source.refresh()
+    with pytest.raises(WindowError, match="id "):
+        source.take(np.arange(151))
+    assert WindowSource(WINDOWS).refresh() == len(WINDOWS) and WindowSource(WINDOWS).lots is None
+
+
+def test_a_configuration_is_replaced_as_a_whole_or_not_at_all(tmp_path):
+    calibrator = make_calibrator(tmp_path)
+    with pytest.raises(ConfigError, match="horizon=0"):
+        calibrator.configure(horizon=0)
+    assert calibrator.config.horizon == CONFIG.horizon
+    calibrator.configure(horizon=5, vocab_size=VOCAB - 1)
+    assert calibrator.config.horizon == 5
+    with pytest.raises(WindowError, match=f"id {VOCAB - 1} "):
+        calibrator.source.take(np.arange(len(WINDOWS)))
+
+
+def test_a_round_killed_after_its_rejection_does_not_give_its_number_away(tmp_path):
+    calibrator = make_calibrator(tmp_path, config={"minimum_reliability": 1.0})
+    report = calibrator.round()
+    (tmp_path / "rounds" / "round-000001.json").unlink()  # as if killed before it was written
+    assert report.round == 1 and calibrator._next_number() == 2

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
 
 from metagrad_filter.calibration.checkpoint import Checkpoints
 from metagrad_filter.calibration.config import CalibrationConfig
+from metagrad_filter.calibration.lease import Lease
+from metagrad_filter.calibration.limits import Limits
 from metagrad_filter.calibration.live import latest_live, save_live
 from metagrad_filter.calibration.round import (
     RoundReport,
@@ -23,7 +28,7 @@ from metagrad_filter.calibration.round import (
 )
 from metagrad_filter.calibration.source import WindowCheck, WindowSource
 from metagrad_filter.calibration.worker import BackgroundCalibration, start_worker
-from metagrad_filter.errors import ConfigError
+from metagrad_filter.errors import CalibrationFailed, ConfigError, WindowError
 from metagrad_filter.files import canonical_json, write_once
 from metagrad_filter.labels import LabelStore
 from metagrad_filter.proxy.proxy import Proxy
@@ -41,7 +46,8 @@ class Calibrator:
       proxy: the model in training.
       target: what the filter should improve.
       windows: raw windows, see `WindowSource`: an `(N, T)` array, a .npy path, or a dataset with
-        random access together with `elements`.
+        random access together with `elements`, or `SpooledWindows` of a filter that samples its
+        stream.
       config: how rounds are run.
       elements: how an element of a dataset becomes an array.
       checkpoints: the folder that the training job writes its Orbax checkpoints to, or
@@ -70,7 +76,7 @@ class Calibrator:
         progress: Progress | None = None,
     ):
         self.run_dir = Path(run_dir).absolute()
-        self._session = secrets.token_hex(8)
+        self._session: str | None = secrets.token_hex(8)
         self.config = config or CalibrationConfig()
         self.proxy = proxy
         self.target = target
@@ -82,7 +88,8 @@ class Calibrator:
         self.source = WindowSource(windows, elements, check)
         check(target.target_windows)
         check(target.gate_windows)
-        check_source(self.source, self.config)
+        if self.source.spool is None:
+            check_source(self.source, self.config)
         self.registry = Registry(self.run_dir)
         self.labels = LabelStore(self.run_dir)
         self._reports = self.run_dir / "rounds"
@@ -104,10 +111,67 @@ class Calibrator:
                 f"this calibrator reads checkpoints from {self.checkpoints.directory}; either "
                 "hand states over with follow() or name a folder, not both."
             )
+        if self._session is None:
+            raise ConfigError(
+                "this calibrator observes the states of another process; call follow() of the "
+                "Calibrator in the training job."
+            )
         save_live(self.run_dir, self._session, step, params, opt_state)
 
-    def round(self) -> RoundReport:
-        """Runs one round in this process: labels, fit, gate, publish (or the reason why not)."""
+    def observe(self) -> None:
+        """From now on, rounds start from states that another process hands over with `follow`."""
+        self._session = None
+
+    def configure(self, **changes: Any) -> None:
+        """Replaces fields of `config`; raises `ConfigError`, and leaves it as it was then."""
+        config = replace(self.config, **changes)
+        self.source.check_with(WindowCheck(vocabulary(self.proxy, config), config.pad_id))
+        self.config = config
+
+    def missing_windows(self) -> int:
+        """How many more windows the spool needs before a round can begin; 0 for other sources.
+
+        Looks for new ones, so windows change their positions: not while a round is running.
+        """
+        if self.source.spool is None:
+            return 0
+        config = self.config
+        wanted = config.spooled_windows or max(100, config.horizon * config.batch_windows)
+        return max(0, wanted - self.source.refresh())
+
+    def round(self, lease: Lease | None = None) -> RoundReport:
+        """Runs one round in this process: labels, fit, gate, publish (or the reason why not).
+
+        Args:
+          lease: one of this run directory that the caller holds over several rounds; None takes it
+            for this round.
+
+        Raises:
+          ConfigError: another process calibrates this run directory.
+          WindowError: the spool holds too few windows yet; nothing was begun.
+          CalibrationFailed: the live state cannot be read, or the lease was lost on the way.
+        """
+        with nullcontext(lease) if lease else Lease(self.run_dir).holding() as lease:
+            missing = self.missing_windows()
+            if self.source.spool is not None and missing:
+                raise WindowError(
+                    f"{self.source.spool.describe()} holds {len(self.source)} windows, "
+                    f"{missing} fewer than a round begins with; let the filter run on, or lower "
+                    "spooled_windows."
+                )
+            if self.source.spool is not None:
+                check_source(self.source, self.config)
+            return self._round(lease)
+
+    def _round(self, lease: Lease) -> RoundReport:
+        def progress(stage: str, done: int, total: int) -> None:
+            if not lease.held:
+                raise CalibrationFailed(
+                    f"another process took {self.run_dir} over while this one did not answer; the "
+                    "round ends here, and the other one goes on."
+                )
+            self.progress(stage, done, total)
+
         proxy, step, started_from = self._start()
         report = run_round(
             proxy,
@@ -119,7 +183,7 @@ class Calibrator:
             store=self.labels,
             live_step=step,
             started_from=started_from,
-            progress=self.progress,
+            progress=progress,
         )
         path = self._reports / f"round-{report.round:06d}.json"
         write_once(path, canonical_json(report.to_json()))
@@ -136,15 +200,46 @@ class Calibrator:
                 return proxy, None, f"the proxy as given: no complete checkpoint yet in {place}"
             started_from = f"a checkpoint in {place}"
         else:
-            live = latest_live(self.run_dir, self._session, proxy.params, optimizer)
+            session = self._live_session()
+            if session is None:
+                return proxy, None, "the proxy as given"
+            live = latest_live(self.run_dir, session, proxy.params, optimizer)
             if live is None:
                 return proxy, None, "the proxy as given"
             started_from = "the state handed over by follow()"
         return proxy.at(live.params, live.opt_state), live.step, started_from
 
+    def live_step(self) -> int | None:
+        """The newest step of the training job that a round could start from, or None."""
+        session = self._live_session()
+        if self.checkpoints is not None:
+            place = epath.Path(self.checkpoints.directory)
+        elif session is not None:
+            place = epath.Path(self.run_dir) / "live" / session
+        else:
+            return None
+        try:
+            names = [path.name for path in ocp.utils.checkpoint_steps_paths(place)]
+            return max(map(ocp.utils.step_from_checkpoint_name, names), default=None)
+        except (FileNotFoundError, ValueError):  # none yet, or the folder is one checkpoint
+            return None
+
+    def _live_session(self) -> str | None:
+        """Whose live states are read: this object's, or those of whoever hands some over."""
+        if self._session is not None:
+            return self._session
+        # A job that starts anew removes the states of the one before it.
+        found = list((self.run_dir / "live").glob("*"))
+        return max(found, key=_changed).name if found else None
+
     @contextmanager
     def background(
-        self, *, rounds: int | None = None, pause_seconds: float = 0.0
+        self,
+        *,
+        rounds: int | None = None,
+        pause_seconds: float = 0.0,
+        limits: Limits | None = None,
+        wait_seconds: float = 60.0,
     ) -> Iterator[BackgroundCalibration]:
         """Runs rounds in a process of its own until the block ends.
 
@@ -156,6 +251,9 @@ class Calibrator:
         Args:
           rounds: how many to run, None for as many as time allows.
           pause_seconds: pause between rounds.
+          limits: niceness, threads and device of the process; by default niceness 10.
+          wait_seconds: for a calibrator that holds this run directory, such as the worker of a job
+            that was killed just before; then the worker ends with a `ConfigError`.
 
         Yields:
           `BackgroundCalibration`, to look at or to wait for.
@@ -163,7 +261,13 @@ class Calibrator:
         Raises:
           ConfigError: the proxy or the windows cannot be sent to another process.
         """
-        with start_worker(self, rounds=rounds, pause_seconds=pause_seconds) as worker:
+        with start_worker(
+            self,
+            rounds=rounds,
+            pause_seconds=pause_seconds,
+            limits=limits or Limits(),
+            wait_seconds=wait_seconds,
+        ) as worker:
             yield worker
 
     def reports(self) -> list[dict[str, Any]]:
@@ -173,8 +277,12 @@ class Calibrator:
         ]
 
     def _next_number(self) -> int:
+        """One more than any that left a trace, also where its process died before the report."""
         reported = [int(path.stem[6:]) for path in self._reports.glob("round-*.json")]
-        return max([*reported, *self.labels.rounds()], default=0) + 1
+        rejected = sorted((self.run_dir / "registry").glob("rejected-*.json"))
+        records = [json.loads(path.read_bytes())["metadata"] for path in rejected]
+        traces = [record["round"] for record in records if "round" in record]
+        return max([*reported, *self.labels.rounds(), *traces], default=0) + 1
 
     def __getstate__(self) -> dict[str, Any]:
         """For the worker process: arrays on the host, no callback into this process."""
@@ -183,3 +291,10 @@ class Calibrator:
             jax.tree.map(np.asarray, self.proxy.opt_state),
         )
         return {**self.__dict__, "proxy": proxy, "progress": silent}
+
+
+def _changed(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:  # removed since it was listed
+        return 0

@@ -37,6 +37,8 @@ class CalibrationConfig:
         live one to a tenth.
       gate_pairs: paired seeds of the gate.
       gate_margin: a strength must beat uniform by this many standard errors.
+      spooled_windows: how many windows a spool must hold before a round begins; None takes as many
+        as a trajectory draws, and at least 100.
       vocab_size: token ids of the windows; None reads it from the proxy's loss configuration.
       pad_id: id that pads windows and never counts.
     """
@@ -58,6 +60,7 @@ class CalibrationConfig:
     gate_steps: int = 48
     gate_pairs: int = 3
     gate_margin: float = 2.0
+    spooled_windows: int | None = None
     vocab_size: int | None = None
     pad_id: int | None = None
 
@@ -72,6 +75,8 @@ class CalibrationConfig:
             self._at_least("microbatch", 1, "windows per gradient evaluation, or None")
         if self.warmup_steps is not None:
             self._at_least("warmup_steps", 1, "batches that warm the moments, or None")
+        if self.spooled_windows is not None:
+            self._at_least("spooled_windows", 100, "a round needs as many, or None")
         if not self.maximum_rise > 0:
             raise ConfigError(f"maximum_rise={self.maximum_rise!r}; expected a positive share.")
         if not self.gate_margin >= 0:

@@ -124,7 +124,7 @@ def run_round(
     """
     clock = _Stages()
     rng = np.random.default_rng([config.seed, number])
-    to_label, for_gate = split_source(len(source), config)
+    to_label, for_gate = split_source(len(source), config, source.lots)
     target_hash = _target_hash(target, source)
     begun = RoundReport(number, None, "", live_step=live_step, started_from=started_from)
     try:
@@ -305,14 +305,20 @@ def _naming(positions: np.ndarray, what: str) -> Iterator[None]:
         raise type(error)(message, step=error.step, windows=named) from error  # pyright: ignore[reportArgumentType]
 
 
-def split_source(count: int, config: CalibrationConfig) -> tuple[np.ndarray, np.ndarray]:
+def split_source(
+    count: int, config: CalibrationConfig, lots: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Positions that rounds may label, and positions kept for the gate; the same in every round.
 
     The gate's are as many as its runs draw, at most a third: were a candidate tried on windows it
-    was fitted on, it would look better than it is.
+    was fitted on, it would look better than it is. Where windows come and go, `lots`, `(count,)` in
+    [0, 1) and the same for a window in every round, say on which side it falls.
     """
     wanted = math.ceil(config.gate_steps * config.batch_windows / config.keep_ratio)
     order = np.random.default_rng([config.seed, 0]).permutation(count)
+    if lots is not None:
+        held_out = lots[order] < 1 / 3
+        return order[~held_out], order[held_out][:wanted]
     reserved = min(wanted, count // 3)
     return order[reserved:], order[:reserved]
 

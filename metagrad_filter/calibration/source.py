@@ -1,4 +1,4 @@
-"""Where calibration gets raw windows from: an array, a .npy file, or a random-access dataset."""
+"""Where calibration gets raw windows from: an array, a .npy file, a dataset, or a spool."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from metagrad_filter.errors import ConfigError, DataError, WindowError
 from metagrad_filter.scorer.features import check_ids
+from metagrad_filter.spool import SpooledWindows
 from metagrad_filter.windows import SeriesWindows, TextWindows
 
 
@@ -36,7 +37,8 @@ class WindowSource:
 
     Args:
       windows: `(N, T)` int32 or `(N, T, C)` float32 array; the path of a .npy file of one, which
-        is memory-mapped; or anything with `len` and integer indexing whose elements hold one
+        is memory-mapped; `SpooledWindows`, what the filter has sampled from a stream up to the last
+        `refresh`; or anything with `len` and integer indexing whose elements hold one
         window each (a `grain.MapDataset`, a Hugging Face dataset).
       elements: how such an element becomes an array, for datasets only.
       check: applied to whatever is taken.
@@ -61,6 +63,8 @@ class WindowSource:
         self._windows: Any = windows if self._path is None else _memory_map(self._path)
         self._elements, self._check = elements, check
         windows = self._windows
+        if isinstance(windows, SpooledWindows):
+            return  # it fills while training runs
         if not isinstance(windows, np.ndarray):
             if not hasattr(windows, "__getitem__") or not hasattr(windows, "__len__"):
                 raise ConfigError(
@@ -83,9 +87,29 @@ class WindowSource:
     def __len__(self) -> int:
         return len(self._windows)
 
+    @property
+    def spool(self) -> SpooledWindows | None:
+        """The spool that this reads, or None; its windows change at `refresh`."""
+        return self._windows if isinstance(self._windows, SpooledWindows) else None
+
+    @property
+    def lots(self) -> np.ndarray | None:
+        """`(N,)` in [0, 1), the same for a window in every snapshot of a spool; None elsewhere."""
+        return None if self.spool is None else self.spool.lots
+
+    def refresh(self) -> int:
+        """Looks for new windows, where the source grows; returns how many there are now."""
+        return len(self) if self.spool is None else self.spool.refresh()
+
+    def check_with(self, check: WindowCheck) -> None:
+        """Applies another check to whatever is taken from now on."""
+        self._check = check
+
     def take(self, index: np.ndarray) -> np.ndarray:
         """Windows at `(n,)` positions: `(n, T)` int32 or `(n, T, C)` float32."""
-        if isinstance(self._windows, np.ndarray):
+        if isinstance(self._windows, SpooledWindows):
+            windows = self._windows.take(index)
+        elif isinstance(self._windows, np.ndarray):
             windows = np.ascontiguousarray(self._windows[index])
         else:
             assert self._elements is not None

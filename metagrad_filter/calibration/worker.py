@@ -2,7 +2,8 @@
 
 Training never waits for it and never depends on it: the two meet in the run directory only. The
 worker runs at low priority, ends itself when its parent is gone, and may be killed at any moment,
-for everything it leaves behind is written whole or not at all.
+for everything it leaves behind is written whole or not at all. It holds the lease of the run
+directory for as long as it lives.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metagrad_filter.calibration.lease import Lease
+from metagrad_filter.calibration.limits import Limits
 from metagrad_filter.errors import CalibrationFailed, ConfigError
 
 if TYPE_CHECKING:
     from metagrad_filter.calibration.calibrator import Calibrator
 
-_NICENESS = 10
+_LOOK_SECONDS = 1.0  # between two looks at a spool that fills
 _STOP_SECONDS = 5.0  # for a round in progress to notice that it is abandoned
 _LEAVE_SECONDS = 60.0  # for a worker without work to shut its interpreter down, on a busy machine
 
@@ -82,7 +85,12 @@ class BackgroundCalibration:
 
 @contextmanager
 def start_worker(
-    calibrator: Calibrator, *, rounds: int | None, pause_seconds: float
+    calibrator: Calibrator,
+    *,
+    rounds: int | None,
+    pause_seconds: float,
+    limits: Limits,
+    wait_seconds: float,
 ) -> Iterator[BackgroundCalibration]:
     """Spawns the worker; see `Calibrator.background`."""
     context = mp.get_context("spawn")
@@ -90,8 +98,9 @@ def start_worker(
     error_path = calibrator.run_dir / "rounds" / "worker-error.txt"
     error_path.unlink(missing_ok=True)
     try:
-        # Serialised here only to turn a failure into advice before a process exists.
-        ForkingPickler.dumps(calibrator)
+        # Serialised here to turn a failure into advice before a process exists, and sent as bytes
+        # so that limits are in place before the calibrator's arrays and JAX are.
+        payload = bytes(ForkingPickler.dumps(calibrator))
     except Exception as error:
         raise ConfigError(
             f"the calibrator cannot be sent to another process: {error}; make loss and optimizer "
@@ -100,7 +109,8 @@ def start_worker(
         ) from error
     process = context.Process(
         target=_work,
-        args=(calibrator, stop, leaving, rounds, pause_seconds, error_path, os.getpid()),
+        args=(payload, stop, leaving, rounds, pause_seconds, error_path, os.getpid()),
+        kwargs={"limits": limits, "wait_seconds": wait_seconds},
         name="metagrad-calibration",
         daemon=True,
     )
@@ -125,22 +135,39 @@ def start_worker(
             process.join()
 
 
-def _work(calibrator, stop, leaving, rounds, pause_seconds, error_path, parent) -> None:
-    os.nice(_NICENESS)
+def _work(
+    payload: bytes,
+    stop,
+    leaving,
+    rounds,
+    pause_seconds,
+    error_path,
+    parent,
+    *,
+    limits,
+    wait_seconds,
+) -> None:
+    def ended() -> bool:
+        return stop.is_set() or os.getppid() != parent
 
     def progress(stage: str, done: int, total: int) -> None:
         del stage, done, total
-        if stop.is_set() or os.getppid() != parent:
+        if ended():
             raise _Stopped
 
-    calibrator.progress = progress
-    finished = 0
     try:
-        while rounds is None or finished < rounds:
-            calibrator.round()
-            finished += 1
-            if stop.wait(pause_seconds) or os.getppid() != parent:
+        limits.apply()
+        calibrator: Calibrator = ForkingPickler.loads(payload)  # pyright: ignore
+        calibrator.progress = progress
+        lease = Lease(calibrator.run_dir)
+        if not lease.acquire(wait_seconds, stopped=ended):
+            if ended():
                 return
+            raise ConfigError(lease.refusal())
+        try:
+            _rounds(calibrator, lease, stop, ended, rounds, pause_seconds)
+        finally:
+            lease.release()
     except _Stopped:
         return
     except Exception:
@@ -148,3 +175,15 @@ def _work(calibrator, stop, leaving, rounds, pause_seconds, error_path, parent) 
         raise
     finally:
         leaving.set()
+
+
+def _rounds(calibrator: Calibrator, lease: Lease, stop, ended, rounds, pause_seconds) -> None:
+    finished = 0
+    while rounds is None or finished < rounds:
+        while calibrator.missing_windows():
+            if stop.wait(_LOOK_SECONDS) or ended():
+                return
+        calibrator.round(lease)
+        finished += 1
+        if stop.wait(pause_seconds) or ended():
+            return

@@ -1,4 +1,4 @@
-"""Finds the user's own model for the doctor: `--setup package.module:function`."""
+"""Finds the user's own `Calibrator` by name: `package.module:function`, which builds it."""
 
 from __future__ import annotations
 
