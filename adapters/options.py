@@ -36,6 +36,9 @@ class Options(TypedDict, total=False):
       caps: limits per group of windows within a block; default none.
       rule: "block", the default, or "threshold" where windows arrive one at a time.
       bad_windows: "raise", the default, or "last" to rank windows that cannot be read last.
+      source_key: the entry that names a window's source, for the monitor; default none.
+      statistics: append what was seen and kept to the run's `metrics`; default True.
+      spool_share: share of raw windows set aside for calibration; default 0.
     """
 
     keep_ratio: Required[float]
@@ -49,6 +52,9 @@ class Options(TypedDict, total=False):
     caps: Cap | Sequence[Cap]
     rule: str
     bad_windows: str
+    source_key: str | None
+    statistics: bool
+    spool_share: float
 
 
 def configure(

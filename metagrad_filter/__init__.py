@@ -20,6 +20,7 @@ _EXPORTS = {
     "SeriesScorer": "metagrad_filter.scorer.series",
     "Registry": "metagrad_filter.registry",
     "Ledger": "metagrad_filter.ledger",
+    "SpooledWindows": "metagrad_filter.spool",
     # Metagradients and calibration: the cold lane.
     "metagradients": "metagrad_filter.metagradient",
     "probe_scores": "metagrad_filter.metagradient",
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from metagrad_filter.scorer.scorer import Scorer as Scorer
     from metagrad_filter.scorer.series import SeriesScorer as SeriesScorer
     from metagrad_filter.selection import Cap as Cap
+    from metagrad_filter.spool import SpooledWindows as SpooledWindows
     from metagrad_filter.transform import score_filter as score_filter
     from metagrad_filter.windows import SeriesWindows as SeriesWindows
     from metagrad_filter.windows import TextWindows as TextWindows

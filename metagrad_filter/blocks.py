@@ -23,16 +23,22 @@ from typing import Any
 
 import numpy as np
 
+from metagrad_filter.blockstats import BlockStatistics
 from metagrad_filter.counting import count, warn_once
 from metagrad_filter.decisions import UNDECIDED, UNIFORM, Decisions
 from metagrad_filter.errors import ConfigError, WindowError
 from metagrad_filter.ledger import Ledger
 from metagrad_filter.selection import Cap, as_ratio, as_share, kept_before, select
-from metagrad_filter.store import open_store
+from metagrad_filter.spool import Spool
+from metagrad_filter.store import LocalStore, open_store
 from metagrad_filter.windows import SeriesWindows, TextWindows, Windows
 
 RULES = ("block", "threshold")
 BAD_WINDOWS = ("raise", "last")
+
+# Blocks a record: few enough that an alarm comes within 20 blocks of a change.
+_STATISTICS_BLOCKS = 8
+_STATISTICS_BLOCKS_REMOTE = 64  # there a record is an object of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +59,9 @@ class FilterConfig:
       rule: "block" keeps exactly k of every M; "threshold" decides on one window at a time.
       bad_windows: "raise" ends with a `WindowError` where a window cannot be read; "last" ranks it
         last and counts it.
+      source_key: the entry of a dict element that names its source, for the monitor.
+      statistics: append what was seen and kept to `metrics/` of the run, for the monitor.
+      spool_share: share of raw windows that is set aside in `spool/` of the run for calibration.
       order: "index" when blocks are numbered by the source's index, "iterator" when each iterator
         counts its own blocks.
     """
@@ -69,6 +78,9 @@ class FilterConfig:
     caps: tuple[Cap, ...] = ()
     rule: str = "block"
     bad_windows: str = "raise"
+    source_key: str | None = None
+    statistics: bool = True
+    spool_share: float = 0.0
     order: str = "index"
 
     def __post_init__(self):
@@ -91,10 +103,22 @@ class FilterConfig:
                 raise ConfigError(
                     f"{field} is {getattr(self, field)!r}, expected one of {list(options)}."
                 )
+        if self.source_key is not None and not isinstance(self.source_key, str):
+            raise ConfigError(
+                f"source_key is {self.source_key!r}, expected the name of an entry, or None."
+            )
+        if not isinstance(self.statistics, bool):
+            raise ConfigError(f"statistics is {self.statistics!r}, expected True or False.")
+        object.__setattr__(self, "spool_share", float(as_share(self.spool_share, "spool_share")))
         caps = (self.caps,) if isinstance(self.caps, Cap) else tuple(self.caps)
         if not all(isinstance(cap, Cap) for cap in caps):
             raise ConfigError(f"caps is {self.caps!r}, expected Cap(...) objects.")
         object.__setattr__(self, "caps", caps)
+        if self.rule == "threshold" and self.spool_share:
+            raise ConfigError(
+                "spool_share needs rule='block': a sample is drawn from windows that are read "
+                "together."
+            )
         if self.rule == "threshold" and caps:
             raise ConfigError(
                 "caps need rule='block': a limit per group is kept among windows that are chosen "
@@ -163,6 +187,52 @@ def annotated(element: Any, score: np.float32, version: int) -> dict[str, Any]:
     return {**element, "score": score, "scorer_version": max(version, UNIFORM)}
 
 
+class Watched:
+    """Hands blocks to the run's statistics; does nothing where they are switched off."""
+
+    def __init__(self, config: FilterConfig):
+        self._config = config
+        local = isinstance(open_store(config.run_dir), LocalStore)
+        every = _STATISTICS_BLOCKS if local else _STATISTICS_BLOCKS_REMOTE
+        self._statistics = (
+            BlockStatistics(config.run_dir, config.name, every_blocks=every)
+            if config.statistics
+            else None
+        )
+
+    def block(
+        self,
+        block: int,
+        version: int,
+        scorer: Any,
+        scores: np.ndarray | None,
+        kept: np.ndarray,
+        sources: Sequence[Any] | None,
+        windows: int,
+        seconds: float,
+    ) -> None:
+        """Adds one block; `sources` names the source of each of its windows, or is None."""
+        if self._statistics is not None:
+            self._statistics.block(
+                block=block,
+                version=version,
+                scorer=scorer,
+                scores=scores,
+                kept=kept,
+                windows=windows,
+                groups=None if sources is None else {"source": sources},
+                seconds=seconds,
+            )
+
+    def source(self, element: Any) -> str:
+        """Returns the name of an element's source; elements without one are told apart."""
+        key = self._config.source_key
+        value = element.get(key) if isinstance(element, Mapping) else None
+        if isinstance(value, (np.ndarray, np.generic)) and value.size == 1:
+            value = value.item()
+        return "unknown" if value is None else str(value)
+
+
 class WindowScorer:
     """Scores elements with whatever version acts; what blocks and single windows have in common.
 
@@ -176,6 +246,7 @@ class WindowScorer:
         self._clock = clock
         self._decisions = Decisions(config.run_dir, config.name)
         self._started = False
+        self.watched = Watched(config)
 
     def version(self, block: int, expected: int = UNDECIDED) -> tuple[int, Any]:
         """Returns the version that ranks a block and its scorer; `(0, None)` for uniform.
@@ -264,7 +335,13 @@ class BlockFilter:
 
     def __init__(self, config: FilterConfig, *, clock=time.monotonic):
         self.config = config
+        self._clock = clock
         self._scorer = WindowScorer(config, clock=clock)
+        self._spool = None
+        if config.spool_share:
+            self._spool = Spool(
+                config.run_dir, config.name, share=config.spool_share, seed=config.seed
+            )
 
     def quota(self, start: int, n: int) -> int:
         """Returns how many of the windows `start .. start + n - 1` are kept."""
@@ -297,9 +374,13 @@ class BlockFilter:
         k = self.quota(start, n)
         if not config.annotate and k in (0, n):
             count(config.name, blocks=1, windows_seen=n, windows_kept=k)
-            return Choice(np.arange(k), None, UNDECIDED)
+            kept = np.arange(k)
+            self._set_aside(block, elements, None, kept)
+            return Choice(kept, None, UNDECIDED)
         version, scorer = self._scorer.version(block, expected)
+        began = self._clock()
         scores = None if scorer is None else self._scorer.scores(scorer, elements)
+        seconds = self._clock() - began
         kept = select(
             scores,
             n,
@@ -320,7 +401,26 @@ class BlockFilter:
             windows_kept=k,
             uniform_windows=n * uniform,
         )
+        watched = self._scorer.watched
+        sources = None
+        if config.source_key is not None:
+            sources = [watched.source(element) for element in elements]
+        watched.block(block, version, scorer, scores, kept, sources, n, seconds)
+        self._set_aside(block, elements, scores, kept)
         return Choice(kept, scores, version)
+
+    def _set_aside(
+        self, block: int, elements: Sequence[Any], scores: np.ndarray | None, kept: np.ndarray
+    ) -> None:
+        """Offers the raw block to the spool that calibration reads."""
+        if self._spool is not None and elements:
+            self._spool.offer_elements(
+                block,
+                elements,
+                self.config.windows,
+                keep_probability=len(kept) / len(elements) if scores is None else None,
+                kept=kept,
+            )
 
 
 def _groups(cap: Cap, windows: Windows, elements: Sequence[Any]) -> np.ndarray:

@@ -161,6 +161,85 @@ class Doctor:
         }
 
 
+@dataclass(frozen=True)
+class Calibrate:
+    """Run calibration beside training: in a process of its own, as a settings file says.
+
+    Runs one round, or with --watch rounds until SIGTERM: at the schedule's times, as training goes
+    on, and when the drift monitor asks. Training is not involved, and one process calibrates a run
+    directory at a time. --example prints a settings file with every default.
+    """
+
+    settings: Annotated[Path | None, tyro.conf.Positional] = None
+    """A TOML file; see --example."""
+    watch: bool = False
+    """Go on with rounds, and wait for another process that calibrates this run directory."""
+    example: bool = False
+    """Print an example of a settings file and do nothing else."""
+    json: bool = False
+    """Print the number of rounds as JSON; what happens meanwhile goes to standard error."""
+
+    def run(self, console: Console) -> dict[str, Any]:
+        from metagrad_filter.calibration.settings import Settings, example
+        from metagrad_filter.calibration.watch import watch
+
+        if self.example:
+            text = example()
+            if not self.json:
+                print(text, end="")
+            return {"example": text}
+        if self.settings is None:
+            raise ConfigError("a settings file is missing; name one, or see --example.")
+        settings = Settings.load(self.settings)
+        with _progress(console) as progress:
+            rounds = watch(
+                settings,
+                once=not self.watch,
+                say=lambda line: console.print(line, markup=False, highlight=False),
+                progress=progress,
+            )
+        return {"rounds": rounds}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write what a run has done as one HTML file that needs no network."""
+
+    run_dir: Annotated[Path, tyro.conf.Positional]
+    """The directory that the filter and the calibrator share."""
+    out: Path = Path("report.html")
+    """File to write."""
+    json: bool = False
+    """Print what the page shows as JSON as well."""
+
+    def run(self, console: Console) -> dict[str, Any]:
+        from metagrad_filter.monitor.page import write_run_report
+
+        path, view = write_run_report(self.run_dir, self.out)
+        console.print(f"see {path}")
+        return view
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """Show a run in the browser while it goes on; needs metagrad-filter[monitor]."""
+
+    run_dir: Annotated[Path, tyro.conf.Positional]
+    """The directory that the filter and the calibrator share."""
+    host: str = "127.0.0.1"
+    """Address to listen on; there is no password, so other addresses show the run to others."""
+    port: int = 8377
+    """TCP port; 0 for any free one."""
+    json: bool = False
+    """Print an empty JSON object at the end."""
+
+    def run(self, console: Console) -> dict[str, Any]:
+        from metagrad_filter.monitor.server import serve
+
+        serve(self.run_dir, self.host, self.port)
+        return {}
+
+
 def _installation_table(found: dict[str, Any]) -> Table:
     table = Table("installation", "", box=box.SIMPLE, pad_edge=False)
     for name, number in found["versions"].items():
@@ -199,6 +278,9 @@ Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+    | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Monitor, tyro.conf.subcommand("monitor")]
 )
 
 

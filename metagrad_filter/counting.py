@@ -43,7 +43,8 @@ class FilterCounters:
 
 _counters: dict[str, FilterCounters] = {}
 _warned: set[tuple[str, str]] = set()
-_lock = threading.Lock()
+# Reentrant: finalizers count too, and may run in a thread that is counting.
+_lock = threading.RLock()
 
 
 def counters(name: str = "default") -> FilterCounters:

@@ -57,6 +57,11 @@ class OnlineFilter:
         self._windows = 0
         self._version = UNDECIDED
         self._scorer: Any = None
+        # What the statistics of the block under way will be made of.
+        self._scores: list[float] = []
+        self._kept: list[int] = []
+        self._sources: list[str] = []
+        self._seen = 0
         self._window_scorer = WindowScorer(config, clock=clock)
         self._rule = Threshold(
             config.keep_ratio, seed=config.seed, name=config.name, explore=config.explore
@@ -82,6 +87,7 @@ class OnlineFilter:
             scores = self._window_scorer.scores(self._scorer, [element])
         kept = self._decide(None if scores is None else float(scores[0]))
         self._windows += 1
+        self._watch(element, scores, kept)
         count(config.name, windows_seen=1, windows_kept=kept, uniform_windows=self._scorer is None)
         score = np.float32(np.nan) if scores is None else scores[0]
         return Decision(kept, score, self._version)
@@ -91,6 +97,34 @@ class OnlineFilter:
             score = 0.0  # strength 0: the rule draws by lot
         kept = self._rule.offer(score)
         return kept or self.config.keep_ratio == 1
+
+    def _watch(self, element: Any, scores: np.ndarray | None, kept: bool) -> None:
+        config, watched = self.config, self._window_scorer.watched
+        if not config.statistics:
+            return
+        if kept:
+            self._kept.append(self._seen)
+        self._seen += 1
+        if scores is not None:
+            self._scores.append(float(scores[0]))
+        if config.source_key is not None:
+            self._sources.append(watched.source(element))
+        if self._windows % config.block_windows == 0:
+            whole = len(self._scores) == self._seen
+            watched.block(
+                self._windows // config.block_windows - 1,
+                self._version,
+                self._scorer,
+                np.array(self._scores, np.float32) if whole else None,
+                np.array(self._kept, np.int64),
+                self._sources if config.source_key is not None else None,
+                self._seen,
+                0.0,
+            )
+            self._forget()
+
+    def _forget(self) -> None:
+        self._scores, self._kept, self._sources, self._seen = [], [], [], 0
 
     def _begin(self, expected: int) -> None:
         block = self._windows // self.config.block_windows
@@ -128,6 +162,7 @@ class OnlineFilter:
                 f"The filter's state has fields {seen}, expected {sorted(_FIELDS)}; it was "
                 "written by another pipeline, restore it with that one."
             )
+        self._forget()
         self._windows = int(state["windows"])
         self._version = int(state["version"])
         self._scorer = None

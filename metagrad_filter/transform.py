@@ -72,6 +72,9 @@ def score_filter(
     caps: Cap | Sequence[Cap] = (),
     rule: str = "block",
     bad_windows: str = "raise",
+    source_key: str | None = None,
+    statistics: bool = True,
+    spool_share: float = 0.0,
 ) -> Any:
     """Keeps the windows of a grain dataset that the published scorers rank highest.
 
@@ -98,6 +101,10 @@ def score_filter(
         10,000 windows (`IterDataset` only).
       bad_windows: "raise" ends with a `WindowError` where a window cannot be read; "last" ranks it
         last, warns once and counts it (`mgf.counters(name)`).
+      source_key: the entry that names a window's source; the monitor then shows each one's share.
+      statistics: append what was seen and kept to `run_dir/metrics`, for the monitor.
+      spool_share: share of raw windows that is set aside in `run_dir/spool`, bounded, so that a
+        calibrator can read the stream itself: `Calibrator(windows=SpooledWindows(run_dir))`.
 
     Returns:
       A dataset of the same kind.
@@ -135,6 +142,9 @@ def score_filter(
         caps=caps,  # pyright: ignore[reportArgumentType]
         rule=rule,
         bad_windows=bad_windows,
+        source_key=source_key,
+        statistics=statistics,
+        spool_share=spool_share,
         order=order,
     )
     if isinstance(ds, grain.MapDataset):

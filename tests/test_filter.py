@@ -917,7 +917,7 @@ def test_a_filter_inside_an_interleave_is_refused(tmp_path):
         return filtered(make_elements(20, seed=number), tmp_path, "iter")
 
     files = grain.MapDataset.range(3).map(of_file)
-    ds = grain.experimental.InterleaveIterDataset(files, cycle_length=2)
+    ds = grain.experimental.InterleaveIterDataset(files, cycle_length=2)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match="put it after the interleave"):
         list(ds)
     sources = [source(make_elements(20, seed=i), "iter") for i in range(3)]
@@ -932,7 +932,7 @@ def test_a_filter_below_a_repeat_is_refused(tmp_path):
         iter(grain.experimental.RepeatIterDataset(ds, 2))
     with pytest.raises(ConfigError, match="repeat before the filter"):
         iter(grain.experimental.RepeatIterDataset(ds.batch(2), 2))
-    ds = grain.experimental.RepeatIterDataset(source(make_elements(20), "iter"), 2)
+    ds = grain.experimental.RepeatIterDataset(source(make_elements(20), "iter"), 2)  # pyright: ignore[reportArgumentType]
     ds = mgf.score_filter(ds, tmp_path, keep_ratio=0.5, windows=WINDOWS, name="after")
     assert len(list(ds)) == 20
 
