@@ -30,7 +30,7 @@ test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
 
 test-adapters: $(VENV)/.adapters
-	$(BIN)/python -m pytest tests/adapters
+	$(BIN)/python -m pytest tests/adapters tests/test_server.py
 
 fuzz:
 	mkdir -p build/fuzz

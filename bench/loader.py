@@ -1,6 +1,7 @@
 """What the filter costs inside a grain pipeline, and whether its memory grows.
 
 python -m bench.loader            measure, store bench/records/loader.json, write the README's table
+python -m bench.loader --speed    that part alone; --memory the other
 python -m bench.loader --table    write the table from the stored record
 
 The pipeline: a memory-mapped file of 256-token windows -> shuffle -> filter (a quarter is kept) ->
@@ -28,6 +29,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +43,12 @@ from bench.throughput import VOCAB, environment, random_scorer, windows_of
 
 RECORD = Path(__file__).parent / "records" / "loader.json"
 WINDOWS, LENGTH, BATCH, RATIO = 65_536, 256, 32, 0.25
-ROUNDS, SECONDS = 7, 2.0
+ROUNDS, SECONDS = 5, 1.5
 FILTERS = ("metagrad", "uniform", "grain filter", "none")
 MANY, LATER, SHORT = 1_000_000, 10_000_000, 64
 PUBLISH_EVERY = 250_000
+
+_WARM = 20  # batches
 
 
 class Windows:
@@ -100,8 +104,8 @@ def pipeline(kind: str, path: str, folder: str, home: str, workers: int) -> grai
     return ds.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)) if workers else ds
 
 
-def measure() -> dict[str, Any]:
-    """Measures speed, then memory; JSON types only."""
+def measure(parts: Sequence[str] = ("speed", "memory")) -> dict[str, Any]:
+    """Measures the named parts, and takes the others from the stored record; JSON types only."""
     # grain's workers read absl flags, which nobody parses outside absl.app.
     flags.FLAGS.mark_as_parsed()
     record: dict[str, Any] = {
@@ -114,26 +118,32 @@ def measure() -> dict[str, Any]:
             "seconds_a_turn": SECONDS,
         },
         "environment": environment(),
-        "speed": [],
-        "memory": None,
     }
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        path = f"{folder}/windows.npy"
-        np.save(path, windows_of("zipf", LENGTH, WINDOWS))
-        mgf.Registry(f"{folder}/metagrad").publish(random_scorer("linear", "int8"))
-        for home in ("map", "iter"):
-            for workers in (0, 2):
-                record["speed"] += _speed(path, folder, home, workers)
-                RECORD.write_text(json.dumps(record, indent=1) + "\n")
-        record["memory"] = _memory(f"{folder}/memory")
-        RECORD.write_text(json.dumps(record, indent=1) + "\n")
+        if "speed" in parts:
+            path = f"{folder}/windows.npy"
+            np.save(path, windows_of("zipf", LENGTH, WINDOWS))
+            mgf.Registry(f"{folder}/metagrad").publish(random_scorer("linear", "int8"))
+            found["speed"] = [
+                row
+                for home in ("map", "iter")
+                for workers in (0, 2)
+                for row in _speed(path, folder, home, workers)
+            ]
+        if "memory" in parts:
+            found["memory"] = _memory(f"{folder}/memory")
+    # Read late, for the other part may have been measured meanwhile.
+    stored = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    record = {"speed": [], "memory": None, **stored, **record, **found}
+    RECORD.write_text(json.dumps(record, indent=1) + "\n")
     return record
 
 
 def _speed(path: str, folder: str, home: str, workers: int) -> list[dict[str, Any]]:
     iterators = {kind: iter(pipeline(kind, path, folder, home, workers)) for kind in FILTERS}
     for iterator in iterators.values():
-        for _ in range(40):  # workers start, files are read into the page cache
+        for _ in range(_WARM):  # workers start, files are read into the page cache
             next(iterator)
     turns: dict[str, list[float]] = {kind: [] for kind in FILTERS}
     for _ in range(ROUNDS):
@@ -141,7 +151,7 @@ def _speed(path: str, folder: str, home: str, workers: int) -> list[dict[str, An
             if workers:
                 time.sleep(0.5)  # the other pipelines' workers fill their queues and rest
             # What was prefetched while others ran does not count.
-            for _ in range(40):
+            for _ in range(_WARM):
                 next(iterator)
             batches, began = 0, time.perf_counter()
             while time.perf_counter() - began < SECONDS:
@@ -262,7 +272,11 @@ def table(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    record = json.loads(RECORD.read_text()) if "--table" in sys.argv else measure()
+    parts = [part for part in ("speed", "memory") if f"--{part}" in sys.argv]
+    if "--table" in sys.argv:
+        record = json.loads(RECORD.read_text())
+    else:
+        record = measure(parts or ("speed", "memory"))
     README.write_text(replaced(README.read_text(), "loader-table", table(record)))
     print(table(record))
 
