@@ -100,20 +100,40 @@ inline float float_of_half(std::uint16_t half) {
 }
 
 // Zeroed memory aligned to 64 bytes; blocks of half a MiB and more ask for 2 MiB pages, which random
-// reads of a table gain a tenth (4 MiB) to a third (beyond the caches) from.
+// reads of a table gain a tenth (4 MiB) to a third (beyond the caches) from. Such blocks are mapped,
+// not allocated: tables come and go with scorer versions, and aligned blocks of that size leave holes
+// in the heap that grow from version to version.
 class Memory {
  public:
   explicit Memory(std::size_t bytes) {
-    const std::size_t alignment = bytes >= LARGE ? PAGE : 64;
-    const std::size_t rounded = round_up(bytes, alignment);
-    if (posix_memalign(&data_, alignment, rounded) != 0) throw std::bad_alloc();
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    // Advice only; where it is refused the table works from small pages.
-    if (bytes >= LARGE) (void)madvise(data_, rounded, MADV_HUGEPAGE);
+#if defined(__linux__)
+    if (bytes >= LARGE) {
+      const std::size_t rounded = round_up(bytes, PAGE);
+      mapped_ = rounded + PAGE;
+      base_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (base_ == MAP_FAILED) throw std::bad_alloc();
+      const auto start = reinterpret_cast<std::uintptr_t>(base_);
+      data_ = static_cast<char*>(base_) + (round_up(start, PAGE) - start);
+#if defined(MADV_HUGEPAGE)
+      // Advice only; where it is refused the table works from small pages.
+      (void)madvise(data_, rounded, MADV_HUGEPAGE);
 #endif
+      return;
+    }
+#endif
+    const std::size_t rounded = round_up(bytes, 64);
+    if (posix_memalign(&data_, 64, rounded) != 0) throw std::bad_alloc();
     std::memset(data_, 0, rounded);
   }
-  ~Memory() { std::free(data_); }
+  ~Memory() {
+#if defined(__linux__)
+    if (mapped_ != 0) {
+      munmap(base_, mapped_);
+      return;
+    }
+#endif
+    std::free(data_);
+  }
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
   void* get() const { return data_; }
@@ -121,6 +141,10 @@ class Memory {
  private:
   static constexpr std::size_t LARGE = std::size_t{1} << 19, PAGE = std::size_t{2} << 20;
   void* data_ = nullptr;
+#if defined(__linux__)
+  void* base_ = nullptr;
+  std::size_t mapped_ = 0;
+#endif
 };
 
 // What a scorer is made of, as its owner holds it; nothing is kept beyond the constructor of Model.
