@@ -107,7 +107,9 @@ def test_a_score_is_its_formula(case):
     scorer, windows, pad = case
     expected, size = plain_scores(scorer, windows, pad)
     error = abs(scorer.score(windows, pad_id=pad) - expected)
-    assert (error <= 1e-6 * size).all()
+    # int8 sums are exact; a float32 sum of n terms rounds n times, by half a unit at most.
+    terms = 0 if scorer.table.dtype == np.int8 else scorer.orders * windows.shape[1] / 2
+    assert (error <= (1e-6 + terms * 2.0**-24) * size).all()
 
 
 def test_values_at_the_edges_of_the_dtypes_give_the_same_bits():
