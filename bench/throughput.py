@@ -32,6 +32,7 @@ named in it.
 
 from __future__ import annotations
 
+import abc
 import importlib.util
 import json
 import os
@@ -99,15 +100,16 @@ def strings_of(windows: np.ndarray) -> list[str]:
     return [" ".join(f"w{token}" for token in window) for window in windows.tolist()]
 
 
-class _Timed:
+class _Timed(abc.ABC):
     """Calls `score(part)` on parts of the data for a while; returns tokens a second."""
 
     def __init__(self, parts: list[Any], tokens: int):
         self.parts, self.tokens, self.next = parts, tokens, 0
         self.score(parts[0])
 
+    @abc.abstractmethod
     def score(self, part: Any) -> Any:
-        raise NotImplementedError
+        """Scores one part of the data."""
 
     def run(self) -> float:
         done, began = 0, time.perf_counter()

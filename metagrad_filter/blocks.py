@@ -276,8 +276,13 @@ class WindowScorer:
         self._started = True
         return version, scorer
 
-    def scores(self, scorer: Any, elements: Sequence[Any]) -> np.ndarray | None:
-        """Returns `(n,)` float32 scores, or None when the scorer failed; raises `WindowError`."""
+    def scores(self, scorer: Any, elements: Sequence[Any]) -> tuple[np.ndarray | None, float]:
+        """Returns `(n,)` float32 scores and the seconds they took; raises `WindowError`.
+
+        The scores are None when there is no scorer, or when it failed.
+        """
+        if scorer is None:
+            return None, 0.0
         config = self._config
         began = self._clock()
         try:
@@ -293,13 +298,14 @@ class WindowScorer:
                 f"The scorer failed ({type(error).__name__}: {error}); these windows are kept "
                 "uniformly. `metagrad-filter doctor` looks for the reason.",
             )
-            return None
+            return None, self._clock() - began
+        seconds = self._clock() - began
         count(
             config.name,
-            scoring_seconds=self._clock() - began,
+            scoring_seconds=seconds,
             non_finite_scores=int(np.count_nonzero(~np.isfinite(scores))),
         )
-        return scores
+        return scores, seconds
 
     def _score(self, scorer: Any, elements: Sequence[Any]) -> np.ndarray:
         windows = self._config.windows
@@ -335,7 +341,6 @@ class BlockFilter:
 
     def __init__(self, config: FilterConfig, *, clock=time.monotonic):
         self.config = config
-        self._clock = clock
         self._scorer = WindowScorer(config, clock=clock)
         self._spool = None
         if config.spool_share:
@@ -378,9 +383,7 @@ class BlockFilter:
             self._set_aside(block, elements, None, kept)
             return Choice(kept, None, UNDECIDED)
         version, scorer = self._scorer.version(block, expected)
-        began = self._clock()
-        scores = None if scorer is None else self._scorer.scores(scorer, elements)
-        seconds = self._clock() - began
+        scores, seconds = self._scorer.scores(scorer, elements)
         kept = select(
             scores,
             n,

@@ -62,6 +62,7 @@ class OnlineFilter:
         self._kept: list[int] = []
         self._sources: list[str] = []
         self._seen = 0
+        self._seconds = 0.0
         self._window_scorer = WindowScorer(config, clock=clock)
         self._rule = Threshold(
             config.keep_ratio, seed=config.seed, name=config.name, explore=config.explore
@@ -82,11 +83,10 @@ class OnlineFilter:
             return Decision(True, np.float32(np.nan), UNDECIDED)
         if self._windows % config.block_windows == 0:
             self._begin(UNDECIDED)
-        scores = None
-        if self._scorer is not None:
-            scores = self._window_scorer.scores(self._scorer, [element])
+        scores, seconds = self._window_scorer.scores(self._scorer, [element])
         kept = self._decide(None if scores is None else float(scores[0]))
         self._windows += 1
+        self._seconds += seconds
         self._watch(element, scores, kept)
         count(config.name, windows_seen=1, windows_kept=kept, uniform_windows=self._scorer is None)
         score = np.float32(np.nan) if scores is None else scores[0]
@@ -119,12 +119,13 @@ class OnlineFilter:
                 np.array(self._kept, np.int64),
                 self._sources if config.source_key is not None else None,
                 self._seen,
-                0.0,
+                self._seconds,
             )
             self._forget()
 
     def _forget(self) -> None:
-        self._scores, self._kept, self._sources, self._seen = [], [], [], 0
+        self._scores, self._kept, self._sources = [], [], []
+        self._seen, self._seconds = 0, 0.0
 
     def _begin(self, expected: int) -> None:
         block = self._windows // self.config.block_windows

@@ -48,7 +48,7 @@ def test_records_say_what_was_seen_and_kept(tmp_path, path, rule):
     kept = drained(tmp_path, elements, path, rule=rule, source_key="source")
     record = merge(read_records(tmp_path, "default"))
     assert record["windows"] == 400 and record["kept"] == len(kept)
-    assert record["version"] == 1 and record["blocks"] == 20
+    assert record["version"] == 1 and record["blocks"] == 20 and record["seconds"] > 0
     scores = make_scorer(1).score(np.stack([e["tokens"] for e in elements]))
     assert record["scores"]["mean"] == pytest.approx(scores.mean(), abs=1e-5)
     assert sum(record["scores"]["kept_bins"]) == len(kept)

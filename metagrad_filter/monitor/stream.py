@@ -11,8 +11,7 @@ Input: records of `records.py`. Output: JSON types. Cost: about 0.1 ms a record.
 
 References:
   PSI under no change: Yurdakul, "Statistical Properties of Population Stability Index" (2018):
-    `(1/n + 1/m)` times a chi-squared variable of K - 1 degrees of freedom, whose quantile is that
-    of Wilson and Hilferty, "The distribution of chi-square" (1931).
+    `(1/n + 1/m)` times a chi-squared variable of K - 1 degrees of freedom.
   KS: Smirnov's limit for two samples, `sqrt(-log(alpha / 2) / 2 * (1/n + 1/m))`; binning makes it
     smaller, so the limit is conservative.
 """
@@ -25,13 +24,14 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
+from scipy.stats import chi2
 
+from metagrad_filter.monitor.drift import ks, psi
 from metagrad_filter.monitor.records import BINS, Record, is_count, items, number
 
 MAX_POINTS = 2000
 
 _REFERENCE_WINDOWS = 4096
-_NORMAL_999 = 3.09
 _ALPHA = 0.001
 _DRAWN_LABELS = 6
 _NEWEST_WINDOWS = 32768
@@ -85,18 +85,6 @@ def stream_view(
     }
 
 
-def psi(bins: np.ndarray) -> float:
-    """Population stability index of `(K,)` counts against equal shares; half a count is added."""
-    share = (bins + 0.5) / (bins.sum() + 0.5 * len(bins))
-    return float(((share - 1 / len(bins)) * np.log(share * len(bins))).sum())
-
-
-def ks(bins: np.ndarray) -> float:
-    """Greatest distance, at bin edges, of the cumulated shares of `(K,)` counts from equal ones."""
-    cumulated = np.cumsum(bins) / max(bins.sum(), 1)
-    return float(np.abs(cumulated - np.arange(1, len(bins) + 1) / len(bins)).max())
-
-
 def limits(windows: int, reference_windows: float, bins: int = BINS) -> tuple[float, float]:
     """What PSI and KS exceed once in a thousand times without any change.
 
@@ -106,9 +94,7 @@ def limits(windows: int, reference_windows: float, bins: int = BINS) -> tuple[fl
       bins: of the histogram.
     """
     scale = 1 / max(windows, 1) + 1 / reference_windows
-    freedom, spread = bins - 1, 2 / (9 * (bins - 1))
-    quantile = freedom * (1 - spread + _NORMAL_999 * math.sqrt(spread)) ** 3
-    return scale * quantile, math.sqrt(-math.log(_ALPHA / 2) / 2 * scale)
+    return scale * float(chi2.isf(_ALPHA, bins - 1)), math.sqrt(-math.log(_ALPHA / 2) / 2 * scale)
 
 
 def reference_size(metadata: Mapping[str, Any] | None) -> float:
