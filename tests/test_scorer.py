@@ -22,6 +22,7 @@ from metagrad_filter.scorer.scorer import Scorer
 from metagrad_filter.windows import SeriesWindows, TextWindows
 
 bag = importlib.import_module("metagrad_filter.kernels.scorer")
+loading = importlib.import_module("metagrad_filter.kernels.scorer.loading")
 reference = importlib.import_module("metagrad_filter.kernels.scorer.ngram_reference")
 native = importlib.import_module("metagrad_filter.kernels.scorer._ngram_bag")
 
@@ -438,7 +439,7 @@ def test_native_code_that_fails_is_replaced_once(monkeypatch):
         calls.append(1)
         raise RuntimeError("illegal instruction")
 
-    bag._warn.cache_clear()
+    loading.warn.cache_clear()
     monkeypatch.setattr(scorer._kernel, "_native", failing)
     before = bag.fallback_calls
     with pytest.warns(RuntimeWarning, match=r"failed \(RuntimeError: illegal instruction\)"):

@@ -31,6 +31,7 @@ from metagrad_filter.selection import kept_before
 from metagrad_filter.statistics import rank_correlation
 
 series = importlib.import_module("metagrad_filter.kernels.scorer.series")
+loading = importlib.import_module("metagrad_filter.kernels.scorer.loading")
 native = importlib.import_module("metagrad_filter.kernels.scorer._series_stats")
 
 NAMES = series.STATISTICS
@@ -221,7 +222,7 @@ ODD = {
 @pytest.mark.parametrize("case", ODD)
 def test_scores_are_finite_whatever_the_values(monkeypatch, case, forced):
     if forced:
-        monkeypatch.setenv(series.NO_NATIVE, "1")
+        monkeypatch.setenv(loading.NO_NATIVE, "1")
     windows = ODD[case]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -271,7 +272,7 @@ def test_a_constant_series_is_described_exactly():
 @pytest.mark.parametrize("hidden", [0, 33])
 def test_a_score_does_not_depend_on_its_batch(monkeypatch, hidden, forced):
     if forced:
-        monkeypatch.setenv(series.NO_NATIVE, "1")
+        monkeypatch.setenv(loading.NO_NATIVE, "1")
     scorer = make_series_scorer(hidden=hidden)
     windows = make_windows(60)
     together = scorer.score(windows)
@@ -321,7 +322,7 @@ def test_the_score_is_its_formula(hidden):
 @pytest.mark.parametrize("forced", [False, True])
 def test_scores_beyond_float32_are_cut(monkeypatch, forced):
     if forced:
-        monkeypatch.setenv(series.NO_NATIVE, "1")
+        monkeypatch.setenv(loading.NO_NATIVE, "1")
     huge = np.full(COUNT, 3e38, np.float32)
     scorer = make_series_scorer(1, hidden=0, skip=huge, center=-np.ones(COUNT, np.float32))
     scores = scorer.score(np.array([ODD["huge"][0], -ODD["huge"][0] * 1e-3]))
@@ -372,7 +373,7 @@ def run_with_parts(program, **arrays):
 def test_numpy_can_be_chosen_silently(monkeypatch):
     scorer, windows = make_series_scorer(), make_windows()
     expected = scorer.score(windows)
-    monkeypatch.setenv(series.NO_NATIVE, "1")
+    monkeypatch.setenv(loading.NO_NATIVE, "1")
     before = series.fallback_calls
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -13,11 +13,8 @@ Read next: `ngram_reference.py` (the definition), `ngram_core.h` (the native cod
 
 from __future__ import annotations
 
-import functools
-import importlib
 import os
 import re
-import warnings
 from types import ModuleType
 from typing import Any
 
@@ -25,11 +22,15 @@ import numpy as np
 
 from metagrad_filter.errors import ConfigError
 from metagrad_filter.kernels.scorer import ngram_reference  # pyright: ignore[reportMissingImports]
+from metagrad_filter.kernels.scorer.loading import (  # pyright: ignore[reportMissingImports]
+    ISA,
+    NO_NATIVE,
+    forced_reference,
+    load,
+    warn,
+)
 from metagrad_filter.kernels.scorer.ngram_reference import NgramModel  # pyright: ignore[reportMissingImports]
 from metagrad_filter.scorer import features
-
-NO_NATIVE = "METAGRAD_FILTER_NO_NATIVE"
-ISA = "METAGRAD_FILTER_ISA"
 
 _POSITION = re.compile(r"position (\d+)$")
 
@@ -37,33 +38,16 @@ fallback_calls = 0
 """Calls answered by the reference because the native code did not load or failed (this process)."""
 
 
-@functools.cache
+_SCORER = "scorer"
+
+
 def _native() -> ModuleType | None:
-    try:
-        return importlib.import_module("metagrad_filter.kernels.scorer._ngram_bag")
-    except ImportError as error:
-        _warn(f"did not load ({error})")
-        return None
-
-
-@functools.cache
-def _warn(what: str) -> None:
-    warnings.warn(
-        f"The native scorer {what}; scoring continues with numpy, same results, several times "
-        f"slower. Reinstall the package, or set {NO_NATIVE}=1 to choose numpy without this "
-        "warning.",
-        RuntimeWarning,
-        stacklevel=4,
-    )
-
-
-def _forced_reference() -> bool:
-    return os.environ.get(NO_NATIVE) == "1"
+    return load("_ngram_bag", _SCORER)
 
 
 def native_available() -> bool:
     """Whether scorers run native code in this process."""
-    return not _forced_reference() and _native() is not None
+    return not forced_reference() and _native() is not None
 
 
 def isa() -> str:
@@ -85,7 +69,7 @@ def isa() -> str:
 def available_isas() -> list[str]:
     """Returns what this processor and build can run, the fastest first; ["numpy"] without native
     code."""
-    native = None if _forced_reference() else _native()
+    native = None if forced_reference() else _native()
     return ["numpy"] if native is None else native.available_isas()
 
 
@@ -137,12 +121,12 @@ class NgramKernel:
                 raise features.id_error(checked, int(found[1]), self._model.vocab_size)
             if checked is not windows:
                 return self.score(checked, pad_id)
-            _warn(f"failed ({type(error).__name__}: {error})")
+            warn(_SCORER, f"failed ({type(error).__name__}: {error})")
             self._native, self._reference = None, True
         return self._fall_back(checked, pad_id)
 
     def _build(self) -> Any:
-        native = None if _forced_reference() else _native()
+        native = None if forced_reference() else _native()
         if native is None:
             return None
         model = self._model
@@ -163,7 +147,7 @@ class NgramKernel:
 
     def _fall_back(self, windows: np.ndarray, pad_id: int | None) -> np.ndarray:
         global fallback_calls
-        fallback_calls += not _forced_reference()
+        fallback_calls += not forced_reference()
         features.check_ids(windows, self._model.vocab_size, pad_id=pad_id)
         return ngram_reference.score(self._model, windows, pad_id=pad_id)
 

@@ -18,10 +18,8 @@ Cost: a few microseconds a window of 256 steps x 8 channels, native, on one core
 from __future__ import annotations
 
 import functools
-import importlib
 import itertools
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -29,7 +27,14 @@ from types import ModuleType
 import numpy as np
 
 from metagrad_filter.errors import ConfigError, WindowError
-from metagrad_filter.kernels.scorer import ISA, NO_NATIVE  # pyright: ignore[reportMissingImports]
+from metagrad_filter.kernels.scorer.loading import (  # pyright: ignore[reportMissingImports]
+    ISA,
+    forced_reference,
+    load,
+    warn,
+)
+
+_SCORER = "series scorer"
 
 LAGS = (1, 2, 4, 8)
 SCALES = (1, 2, 4, 8, 16, 32)
@@ -181,31 +186,11 @@ class Head:
 
 def native_available() -> bool:
     """Whether series are scored by native code in this process."""
-    return not _forced_reference() and _native() is not None
+    return not forced_reference() and _native() is not None
 
 
-@functools.cache
 def _native() -> ModuleType | None:
-    try:
-        return importlib.import_module("metagrad_filter.kernels.scorer._series_stats")
-    except ImportError as error:
-        _warn(f"did not load ({error})")
-        return None
-
-
-@functools.cache
-def _warn(what: str) -> None:
-    warnings.warn(
-        f"The native series scorer {what}; scoring continues with numpy, same results, many "
-        f"times slower. Reinstall the package, or set {NO_NATIVE}=1 to choose numpy without this "
-        "warning.",
-        RuntimeWarning,
-        stacklevel=5,
-    )
-
-
-def _forced_reference() -> bool:
-    return os.environ.get(NO_NATIVE) == "1"
+    return load("_series_stats", _SCORER)
 
 
 def _answer(
@@ -213,7 +198,7 @@ def _answer(
 ) -> np.ndarray:
     """Runs native code on the chosen instruction set, or the reference where there is none."""
     global fallback_calls
-    if _forced_reference():
+    if forced_reference():
         return reference()
     native = _native()
     if native is not None:
@@ -226,7 +211,7 @@ def _answer(
         try:
             return call(native, isa)
         except Exception as error:  # whatever it was, numpy gives the same answer
-            _warn(f"failed ({error})")
+            warn(_SCORER, f"failed ({error})")
     fallback_calls += 1
     return reference()
 
