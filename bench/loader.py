@@ -1,7 +1,7 @@
 """What the filter costs inside a grain pipeline, and whether its memory grows.
 
 python -m bench.loader            measure, store bench/records/loader.json, write the README's table
-python -m bench.loader --speed    that part alone; --memory the other
+python -m bench.loader --speed    that part alone; --memory and --worker the others
 python -m bench.loader --table    write the table from the stored record
 
 The pipeline: a memory-mapped file of 256-token windows -> shuffle -> filter (a quarter is kept) ->
@@ -19,6 +19,8 @@ source windows read, whether kept or not. A figure is the best of its turns; all
 
 Memory is that of the process after one and after ten million windows of 64 tokens, with a new
 version published every 250,000, read in process over an `IterDataset`.
+
+The worker is calibration beside the loader, see `loader_worker.py`; about three minutes.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ import numpy as np
 from absl import flags
 
 import metagrad_filter as mgf
+from bench.loader_worker import measure_worker, sentences
 from bench.readme import README, replaced
 from bench.throughput import VOCAB, environment, random_scorer, windows_of
 
@@ -47,6 +50,7 @@ ROUNDS, SECONDS = 5, 1.5
 FILTERS = ("metagrad", "uniform", "grain filter", "none")
 MANY, LATER, SHORT = 1_000_000, 10_000_000, 64
 PUBLISH_EVERY = 250_000
+PARTS = ("speed", "memory", "worker")
 
 _WARM = 20  # batches
 
@@ -104,7 +108,7 @@ def pipeline(kind: str, path: str, folder: str, home: str, workers: int) -> grai
     return ds.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)) if workers else ds
 
 
-def measure(parts: Sequence[str] = ("speed", "memory")) -> dict[str, Any]:
+def measure(parts: Sequence[str] = PARTS) -> dict[str, Any]:
     """Measures the named parts, and takes the others from the stored record; JSON types only."""
     # grain's workers read absl flags, which nobody parses outside absl.app.
     flags.FLAGS.mark_as_parsed()
@@ -133,9 +137,12 @@ def measure(parts: Sequence[str] = ("speed", "memory")) -> dict[str, Any]:
             ]
         if "memory" in parts:
             found["memory"] = _memory(f"{folder}/memory")
+    if "worker" in parts:
+        # Last, for it pins this process to one core.
+        found["worker"] = measure_worker()
     # Read late, for the other part may have been measured meanwhile.
     stored = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    record = {"speed": [], "memory": None, **stored, **record, **found}
+    record = {"speed": [], "memory": None, "worker": None, **stored, **record, **found}
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
     return record
 
@@ -268,15 +275,17 @@ def table(record: dict[str, Any]) -> str:
             f"Resident memory grew by {memory['growth_mib']:.1f} MiB from {MANY:,} to {LATER:,} "
             f"windows, over {memory['versions']} versions."
         )
+    if record.get("worker"):
+        lines += ["", *sentences(record["worker"])]
     return "\n".join(lines)
 
 
 def main() -> None:
-    parts = [part for part in ("speed", "memory") if f"--{part}" in sys.argv]
+    parts = [part for part in PARTS if f"--{part}" in sys.argv]
     if "--table" in sys.argv:
         record = json.loads(RECORD.read_text())
     else:
-        record = measure(parts or ("speed", "memory"))
+        record = measure(parts or PARTS)
     README.write_text(replaced(README.read_text(), "loader-table", table(record)))
     print(table(record))
 

@@ -28,6 +28,7 @@ from metagrad_filter.counting import count, warn_once
 from metagrad_filter.decisions import UNDECIDED, UNIFORM, Decisions
 from metagrad_filter.errors import ConfigError, WindowError
 from metagrad_filter.ledger import Ledger
+from metagrad_filter.monitor.sinks import export_block, exported
 from metagrad_filter.selection import Cap, as_ratio, as_share, kept_before, select
 from metagrad_filter.spool import Spool
 from metagrad_filter.store import LocalStore, open_store
@@ -210,8 +211,13 @@ class Watched:
         sources: Sequence[Any] | None,
         windows: int,
         seconds: float,
+        sample: Any = None,
     ) -> None:
-        """Adds one block; `sources` names the source of each of its windows, or is None."""
+        """Adds one block; `sources` names the source of each of its windows, or is None.
+
+        `sample` is one of its elements, by which tokens are counted.
+        """
+        self._export(block, version, scores, kept, sources, windows, seconds, sample)
         if self._statistics is not None:
             self._statistics.block(
                 block=block,
@@ -222,6 +228,34 @@ class Watched:
                 windows=windows,
                 groups=None if sources is None else {"source": sources},
                 seconds=seconds,
+            )
+
+    def _export(self, block, version, scores, kept, sources, windows, seconds, sample) -> None:
+        """Counts the block for the exporter of several processes, where there is one."""
+        try:
+            sink = exported()
+            if sink is None:
+                return
+            usable = scores is not None and len(kept) > 0
+            export_block(
+                sink,
+                block=block,
+                version=version,
+                kept=kept.tolist(),
+                windows=windows,
+                sources=sources,
+                tokens=0 if sample is None else self._config.windows.stack([sample]).shape[1],
+                threshold=float(np.min(scores[kept])) if usable else None,
+                target=float(self._config.keep_ratio),
+                seconds=seconds,
+            )
+        # Numbers for a dashboard never stop training; the warning says that they are missing.
+        except Exception as error:
+            warn_once(
+                self._config.name,
+                "export",
+                f"Prometheus does not get the filter's numbers ({type(error).__name__}: {error}); "
+                "training goes on without them.",
             )
 
     def source(self, element: Any) -> str:
@@ -408,7 +442,9 @@ class BlockFilter:
         sources = None
         if config.source_key is not None:
             sources = [watched.source(element) for element in elements]
-        watched.block(block, version, scorer, scores, kept, sources, n, seconds)
+        watched.block(
+            block, version, scorer, scores, kept, sources, n, seconds, next(iter(elements), None)
+        )
         self._set_aside(block, elements, scores, kept)
         return Choice(kept, scores, version)
 

@@ -18,6 +18,7 @@ one file per MiB of sample.
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing.util
 import os
 import re
@@ -343,6 +344,8 @@ class SpooledWindows:
 
     Args:
       run_dir, name: the spool's.
+      newest: at most so many windows, those of the highest blocks, so that rounds follow a stream
+        that changes; None for all that the spool holds.
 
     Attributes:
       blocks, positions: `(N,)` int64, where each window was in the stream.
@@ -353,8 +356,16 @@ class SpooledWindows:
       skipped_files: damaged files that were passed over so far.
     """
 
-    def __init__(self, run_dir: str | os.PathLike[str], name: str = "default"):
-        self._arguments = (run_dir, name)
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str],
+        name: str = "default",
+        *,
+        newest: int | None = None,
+    ):
+        if newest is not None and (type(newest) is not int or newest < 1):
+            raise ConfigError(f"newest={newest!r}; expected a number of windows >= 1, or None.")
+        self._arguments, self._newest = (run_dir, name), newest
         self._store, self._folder = open_store(run_dir), _folder(name)
         self._parts: dict[str, dict[str, np.ndarray]] = {}
         self._damaged: set[str] = set()
@@ -363,7 +374,7 @@ class SpooledWindows:
         self.refresh()
 
     def __reduce__(self):
-        return SpooledWindows, self._arguments
+        return functools.partial(SpooledWindows, newest=self._newest), self._arguments
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -405,6 +416,9 @@ class SpooledWindows:
         sums = np.array([zlib.crc32(window.tobytes()) for window in joined["windows"]], np.int64)
         places = np.stack([joined["blocks"], joined["positions"], sums], axis=1)
         first = np.sort(np.unique(places, axis=0, return_index=True)[1])
+        if self._newest is not None and len(first) > self._newest:
+            by_block = np.argsort(joined["blocks"][first], kind="stable")
+            first = np.sort(first[by_block[-self._newest :]])
         self.lots = sums[first] / 2.0**32
         self._windows = joined["windows"][first]
         self.blocks, self.positions = joined["blocks"][first], joined["positions"][first]

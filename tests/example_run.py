@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from hotlane import make_scorer
 
 import metagrad_filter as mgf
 from metagrad_filter.blocks import FilterConfig
-from metagrad_filter.calibration.gate import GateArm, GateResult
+from metagrad_filter.calibration.gate import Difference, GateArm, GateResult, RunningArm, Starved
+from metagrad_filter.calibration.reference import Agreement
 from metagrad_filter.calibration.round import RoundReport
+from metagrad_filter.calibration.validation import record_validation
+from metagrad_filter.calibration.validity import ValidityCheck
 from metagrad_filter.files import canonical_json
 from metagrad_filter.labels import LabelStore, RoundLabels
 
@@ -76,8 +80,12 @@ def make_record(
 
 
 def gate(chosen: float) -> GateResult:
-    arms = (GateArm(1.5, 0.0123, 0.0031), GateArm(math.inf, 0.0214, 0.0052))
-    return GateResult(arms, chosen)
+    arms = (GateArm(1.5, 0.0123, 0.0031, better=True), GateArm(math.inf, 0.0214, 0.0052))
+    if chosen < math.inf:
+        starved = Starved("books", 0.2, 0.001)
+        return GateResult((arms[0], replace(arms[1], starved=starved)), chosen, pairs=3, bar=4.3)
+    running = RunningArm(1, 1.5, Difference(0.011, 0.004), Difference(0.0104, 0.003))
+    return GateResult(arms, chosen, running, pairs=3, bar=4.3)
 
 
 def write_records(run_dir: Path, records: list[dict[str, Any]], name: str = "train") -> Path:
@@ -89,6 +97,8 @@ def write_records(run_dir: Path, records: list[dict[str, Any]], name: str = "tra
 
 def make_run(run_dir: Path, *, records: int = 48, drift_from: int = 40) -> Path:
     """Writes a run with two versions, a failed round and a drift of scores near its end."""
+    # psi is raised and stands; ks was raised and cleared.
+    ends = EVERY * records - 1
     registry, rng = mgf.Registry(run_dir), np.random.default_rng(0)
     config = FilterConfig(
         run_dir=str(run_dir),
@@ -129,7 +139,36 @@ def make_run(run_dir: Path, *, records: int = 48, drift_from: int = 40) -> Path:
         shift = 0.6 if index >= drift_from else 0.0
         total.append(make_record(index, version, shift=shift))
     write_records(run_dir, total)
+    write_alarms(
+        run_dir,
+        [
+            make_alarm("ks", EVERY * 10, "raised", version=1),
+            make_alarm("ks", EVERY * 12, "cleared", version=1),
+            make_alarm("psi", ends, "raised"),
+        ],
+    )
+    for step in range(0, 1600, 100):
+        record_validation(run_dir, step, 4.0 - 0.1 * math.log(1 + step))
+    cluster = {"name": "cluster 0", "share": 0.4, "predicted": 0.3, "effect": 0.0102}
+    check = ValidityCheck(
+        "lds", "metagradient", 96, 0.92, 0.71, low=0.6, high=0.8, ceiling=0.9,
+        sign_agreement=0.75, classes=[cluster | {"standard_error": 0.002}], live_step=500,
+    )  # fmt: skip
+    (run_dir / "rounds" / "check-000001.json").write_text(json.dumps(check.to_json()))
     return run_dir
+
+
+def make_alarm(kind: str, block: int, state: str, version: int = 2, **fields: Any):
+    """Returns an alarm as the calibrating process writes it."""
+    found = {"format": 1, "filter": "train", "kind": kind, "block": block, "state": state}
+    return found | {"value": 0.05, "limit": 0.011, "version": version, "time": 1.8e9} | fields
+
+
+def write_alarms(run_dir: Path, alarms: list[dict[str, Any]]) -> Path:
+    path = run_dir / "monitor" / "alarms.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"".join(canonical_json(alarm) + b"\n" for alarm in alarms))
+    return path
 
 
 def _report(run_dir: Path, number: int, judged: GateResult | None, reliability: float, **fields):
@@ -142,6 +181,10 @@ def _report(run_dir: Path, number: int, judged: GateResult | None, reliability: 
         labels=4096 if judged else 0,
         gate=judged,
         live_step=500 * number,
+        agreement=Agreement(0.5 + number / 20, 0.45 + number / 20, 0.55 + number / 20, number, 256),
+        horizon=96,
+        learning_rate_scale=0.1,
+        gradients={"labels": 1000.0, "fit": 0.0, "gate": 500.0},
         seconds={"trajectories": 61.2, "labels": 20.4, "fit": 3.1, "gate": 12.0},
     )
     path = run_dir / "rounds" / f"round-{number:06d}.json"

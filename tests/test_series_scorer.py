@@ -611,15 +611,18 @@ def test_rare_events_score_above_usual_windows_and_broken_sensors_below(world):
     assert better(scores, [1], [2, 3, 4, 5]) > 0.97
     assert better(scores, [0], [2, 3, 4, 5]) > 0.9
     metadata = scorer.metadata
-    assert set(metadata) == {"form", "ridge", "labels", "rank_correlation", "reference"}
+    assert set(metadata) == {
+        "form", "ridge", "labels", "rank_correlation", "reference", "reference_windows"
+    }  # fmt: skip
     assert metadata["labels"] == 1500 and 0.5 < metadata["rank_correlation"] < 1
     json.dumps(metadata)
 
 
-def test_the_reference_is_the_quantiles_of_the_scores(world):
+def test_the_reference_is_the_quantiles_of_scores_of_windows_that_were_not_fitted(world):
     windows, _, scorer = world
     reference = scorer.metadata["reference"]
-    scores = scorer.score(windows)
+    scores = scorer.score(windows[held_out(len(windows), 0)])
+    assert scorer.metadata["reference_windows"] == len(scores)
     assert len(reference) == 257 and reference == sorted(reference)
     assert (reference[0], reference[-1]) == (scores.min(), scores.max())
     assert reference[128] == pytest.approx(np.median(scores), abs=1e-5)

@@ -5,15 +5,21 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import subprocess
 import sys
 import threading
+import time
+import urllib.request
 
+import numpy as np
 import pytest
-from example_run import make_record, write_records
-from hotlane import make_scorer
+from example_run import make_alarm, make_record, write_alarms, write_records
+from hotlane import make_scorer, make_windows
 
 import metagrad_filter as mgf
 from metagrad_filter.errors import ConfigError
+from metagrad_filter.labels import LabelStore, RoundLabels
+from metagrad_filter.monitor.examples import Examples
 from metagrad_filter.monitor.server import make_app, serve
 
 
@@ -77,6 +83,51 @@ def test_metrics_are_those_of_the_caller(client_of, tmp_path):
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
 
 
+def test_an_alarm_that_is_raised_is_pushed(client_of, tmp_path):
+    write_records(tmp_path, [make_record(0, 0)])
+    client = client_of(tmp_path, **FAST)
+    assert client.get("/view.json").json()["filters"]["train"]["alarms"]["count"] == 0
+    write_alarms(tmp_path, [make_alarm("psi", 7, "raised")])
+    events = events_of(client.get("/events").text)
+    standing = json.loads(events[-1][1])["filters"]["train"]["alarms"]["standing"]
+    assert [alarm["kind"] for alarm in standing] == ["psi"]
+
+
+def test_examples_are_on_the_page_only_where_they_are_asked_for(client_of, tmp_path):
+    mgf.Registry(tmp_path).publish(make_scorer())
+    labels = RoundLabels(make_windows(32), np.zeros((2, 32), np.float32))
+    LabelStore(tmp_path).append(1, labels)
+    assert client_of(tmp_path).get("/view.json").json()["examples"] is None
+    found = client_of(tmp_path, examples=Examples(tmp_path, 2)).get("/view.json").json()
+    assert len(found["examples"]["high"]) == 2
+
+
+PROGRAM = """
+import sys
+from metagrad_filter.cli import main
+sys.exit(main(["monitor", sys.argv[1], "--port", "0", "--metrics-port", "0"]))
+"""
+
+
+def test_the_command_answers_prometheus_on_a_port_of_its_own(tmp_path):
+    pytest.importorskip("uvicorn", reason="the live page needs metagrad-filter[monitor]")
+    pytest.importorskip("starlette", reason="the live page needs metagrad-filter[monitor]")
+    write_records(tmp_path, [make_record(0, 0)])
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        page, metrics = (process.stdout.readline().strip() for _ in range(2))
+        for address in (metrics, page + "metrics"):
+            assert address.startswith("http://127.0.0.1:")
+            with urllib.request.urlopen(address, timeout=20) as answer:
+                assert "metagrad_filter_windows_total" in answer.read().decode()
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
 def events_of(text):
     """The (event, data) pairs and comments of a stream of server-sent events."""
     found = []
@@ -117,7 +168,10 @@ def test_a_run_in_a_bucket_is_followed_too(client_of):
     assert client.get("/view.json").json()["filters"] == {}
     store = mgf.Registry(url).store
     store.write_once("metrics/train/host-1-1800000000000000000-00000000.json", RECORD)
-    found = client.get("/view.json").json()["filters"]
+    # The view is never made for more than a fifth of the time.
+    deadline = time.monotonic() + 20
+    while not (found := client.get("/view.json").json()["filters"]):
+        assert time.monotonic() < deadline
     assert found["train"]["records"] == 1
 
 
@@ -190,6 +244,10 @@ def test_listeners_beyond_the_limit_are_refused_until_one_leaves(client_of, tmp_
         ({"port": "80"}, "port is '80'"),
         ({"port": True}, "port is True"),
         ({"host": ""}, "host is ''"),
+        ({"metrics_port": 65536}, "metrics_port is 65536"),
+        ({"examples": 51}, "examples is 51"),
+        ({"examples": 3, "host": "192.0.2.1"}, "shown on 127.0.0.1 only"),
+        ({"tokenizer": "gpt2"}, "no examples are asked for"),
     ],
 )
 def test_bad_addresses_are_refused(tmp_path, fields, message):

@@ -4,18 +4,23 @@ import importlib.util
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 import urllib.request
+from typing import Any
 
 import pytest
+from example_run import make_record, make_run, write_records
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from metagrad_filter.errors import ConfigError
 from metagrad_filter.monitor import sinks
 from metagrad_filter.monitor.alarms import Finding
+from metagrad_filter.monitor.exporter import RunExporter
 from metagrad_filter.monitor.sinks import JsonLines, MetricSink, Prometheus
+from metagrad_filter.monitor.view import run_view
 
 KEPT = {"decision": "kept", "source": "web"}
 
@@ -212,3 +217,144 @@ def test_without_tensorboardx_the_sink_says_what_to_install(tmp_path):
 def test_without_wandb_the_sink_says_what_to_install():
     with pytest.raises(ConfigError, match=r"pip install 'metagrad-filter\[wandb\]'"):
         sinks.WeightsAndBiases(project="p")
+
+
+def test_one_block_is_counted_by_decision_and_source():
+    registry = CollectorRegistry()
+    options: dict[str, Any] = {
+        "block": 3,
+        "version": 2,
+        "windows": 4,
+        "target": 0.5,
+        "seconds": 0.25,
+    }
+    sink = Prometheus(registry)
+    for _ in range(2):
+        sinks.export_block(
+            sink, kept=[0, 3], sources=["web", "web", "books", "books"], tokens=16,
+            threshold=1.5, **options,
+        )  # fmt: skip
+    value = registry.get_sample_value
+    kept = {"decision": "kept", "source": "books"}
+    assert value("metagrad_filter_windows_total", kept) == 2
+    assert value("metagrad_filter_tokens_total", kept | {"decision": "dropped"}) == 32
+    assert value("metagrad_filter_keep_ratio") == value("metagrad_filter_target_keep_ratio") == 0.5
+    assert value("metagrad_filter_threshold") == 1.5
+    assert value("metagrad_filter_score_duration_seconds_total") == 0.5
+    # A uniform block of a filter without sources, before the first version.
+    uniform: dict[str, Any] = options | {"version": -1, "block": 4}
+    sinks.export_block(sink, kept=[1], **uniform)
+    assert value("metagrad_filter_windows_total", {"decision": "dropped", "source": ""}) == 3
+    assert value("metagrad_filter_scorer_version") == 0
+
+
+def test_without_an_exporter_of_several_processes_nothing_is_made(monkeypatch):
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    assert sinks.exported() is None
+
+
+def test_importing_the_sinks_imports_no_package_of_theirs():
+    program = """
+import sys, metagrad_filter.monitor.sinks
+print(sorted({"prometheus_client", "tensorboardX", "wandb", "scipy", "jax"} & set(sys.modules)))
+"""
+    output = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
+    assert output == "[]\n"
+
+
+def test_an_exporter_tells_what_the_view_shows(tmp_path):
+    run_dir = make_run(tmp_path)
+    view = run_view(run_dir)
+    seen = view["filters"]["train"]
+    with RunExporter(run_dir) as exporter:
+        found = fetch(exporter.serve(0))
+        port = exporter._server[0].server_port
+    with pytest.raises(OSError, match="refused"):
+        fetch(port)
+    for group in seen["groups"]["source"]:
+        kept = f"metagrad_filter_windows_total|decision=kept|source={group['label']}"
+        assert found[kept] == group["kept"]
+    total = sum(v for k, v in found.items() if k.startswith("metagrad_filter_windows_total|"))
+    assert total == found["metagrad_filter_score_count"] + 6 * 4096 == seen["windows"]
+    assert found["metagrad_filter_score_psi"] == seen["series"]["psi"][-1]
+    assert found["metagrad_filter_score_psi"] > found["metagrad_filter_score_psi_limit"]
+    assert found["metagrad_filter_scorer_version"] == 2
+    assert found["metagrad_filter_rank_correlation"] == pytest.approx(0.65)
+    assert found["metagrad_filter_alarm|kind=psi"] == 1
+    assert found["metagrad_filter_alarm|kind=ks"] == 0
+    assert found["metagrad_filter_calibration_duration_seconds"] == pytest.approx(96.7)
+    # Names are those of every other way to the dashboard.
+    suffixes = ("_bucket", "_count", "_sum")
+    for name in found:
+        known = name.partition("|")[0].removeprefix("metagrad_filter_")
+        assert known in sinks.METRICS or known.removeprefix("score") in suffixes, name
+
+
+def test_an_empty_run_has_no_numbers_and_a_growing_one_is_read_again(tmp_path):
+    exporter = RunExporter(tmp_path, fresh_seconds=0.0)
+    assert "windows_total" not in exporter.text().decode()
+    write_records(tmp_path, [make_record(0, 0), make_record(1, 0)])
+    exporter._again = 0.0
+    text = exporter.text().decode()
+    assert "metagrad_filter_score_psi" not in text
+    first = sum(s.value for f in exporter.collect() if "windows" in f.name for s in f.samples)
+    assert first == 8192
+    # What is no longer there was counted all the same.
+    write_records(tmp_path, [make_record(1, 0)])
+    exporter._again = 0.0
+    again = sum(s.value for f in exporter.collect() if "windows" in f.name for s in f.samples)
+    assert again == first
+
+
+def test_a_taken_port_of_the_exporter_is_named(tmp_path):
+    with RunExporter(tmp_path) as exporter, RunExporter(tmp_path) as other:
+        port = exporter.serve(0)
+        with pytest.raises(ConfigError, match=f"port {port} of 127.0.0.1 cannot be used"):
+            other.serve(port)
+
+
+# Real workers of grain: each counts its blocks, grain's own endpoint adds them up.
+WORKERS = """
+import sys, time, urllib.request
+import grain, numpy as np
+from absl import flags
+from metagrad_filter.monitor.sinks import export_block, exported
+
+class Count(grain.transforms.Map):
+    def map(self, element):
+        sink = exported()
+        assert sink is not None
+        export_block(sink, block=int(element), version=3, kept=[0], windows=4, tokens=8)
+        return element
+
+if __name__ == "__main__":
+    flags.FLAGS.mark_as_parsed()
+    ds = grain.MapDataset.range(40).to_iter_dataset().map(Count())
+    ds = ds.mp_prefetch(grain.MultiprocessingOptions(num_workers=2))
+    assert len(list(ds)) == 40
+    print(urllib.request.urlopen("http://127.0.0.1:9431/metrics", timeout=20).read().decode())
+"""
+
+
+@pytest.mark.slow
+def test_numbers_of_workers_are_on_the_port_of_grains_own_exporter(tmp_path):
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", 9431)) == 0:
+            pytest.skip("grain's port 9431 is taken on this machine")
+    program = tmp_path / "program.py"
+    program.write_text(WORKERS)
+    environment = {k: v for k, v in os.environ.items() if k != "PROMETHEUS_MULTIPROC_DIR"}
+    finished = subprocess.run(
+        [sys.executable, str(program)],
+        env=environment | {"ENABLE_PYGRAIN_PROMETHEUS_TELEMETRY": "true"},
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    text = finished.stdout
+    assert 'metagrad_filter_windows_total{decision="kept",source=""} 40.0' in text
+    assert 'metagrad_filter_windows_total{decision="dropped",source=""} 120.0' in text
+    assert 'metagrad_filter_tokens_total{decision="kept",source=""} 320.0' in text
+    assert "metagrad_filter_scorer_version 3.0" in text
+    assert "grain_python" in text

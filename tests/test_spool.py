@@ -173,6 +173,23 @@ def test_the_same_window_draws_the_same_lot_in_every_snapshot(tmp_path):
 # What goes wrong.
 
 
+def test_the_newest_windows_are_those_of_the_highest_blocks(tmp_path):
+    spool = Spool(tmp_path, share=1.0)
+    for block in (3, 0, 2, 1):
+        spool.offer(block, block_of(block, n=10))
+    spool.flush()
+    found = SpooledWindows(tmp_path, newest=25)
+    assert len(found) == len(found.lots) == 25
+    counts = np.bincount(found.blocks, minlength=4)
+    assert counts.tolist() == [0, 5, 10, 10]
+    np.testing.assert_array_equal(found.take(np.arange(25))[:, 0], found.blocks)
+    assert len(pickle.loads(pickle.dumps(found))) == 25
+    assert len(SpooledWindows(tmp_path, newest=100)) == 40
+    for wrong in (0, -1, 2.0, True):
+        with pytest.raises(ConfigError, match="newest=.*windows >= 1"):
+            SpooledWindows(tmp_path, newest=wrong)
+
+
 def test_a_disk_that_fails_pauses_sampling_with_one_warning(tmp_path, monkeypatch):
     now = [0.0]
     spool = Spool(tmp_path, share=1.0, clock=lambda: now[0])

@@ -8,17 +8,27 @@ from typing import Any
 
 import numpy as np
 import pytest
-from example_run import EVERY, REFERENCE, make_record, make_run, write_records
+from example_run import (
+    EVERY,
+    REFERENCE,
+    make_alarm,
+    make_record,
+    make_run,
+    write_alarms,
+    write_records,
+)
 from hotlane import make_scorer
 from hypothesis import given
 from hypothesis import strategies as st
 
 import metagrad_filter as mgf
+from metagrad_filter.calibration.validation import fall_back
 from metagrad_filter.errors import ConfigError
 from metagrad_filter.files import canonical_json
 from metagrad_filter.monitor import records as reading
 from metagrad_filter.monitor import stream
 from metagrad_filter.monitor.view import plain, run_view
+from metagrad_filter.monitor.words import alarm_text, verdict
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +45,10 @@ def test_a_whole_run_is_seen(run_dir):
         (2, "ok", "inf"),
     ]
     arms = view["versions"][1]["gate"]["arms"]
-    assert arms[1] == {"strength": "inf", "gain": 0.0214, "standard_error": 0.0052}
+    assert [arms[1][f] for f in ("strength", "gain", "standard_error")] == ["inf", 0.0214, 0.0052]
+    assert (arms[2]["running"], arms[2]["version"], arms[2]["gain"]) == (True, 1, 0.011)
+    assert view["versions"][0]["gate"]["arms"][1]["starved"]["source"] == "books"
+    assert view["validation"]["steps"] == list(range(0, 1600, 100))
     assert [r["version"] for r in view["rounds"]] == [1, 2, None]
     assert view["rounds"][2]["reason"].startswith("unreliable: split-half correlation 0.31")
     assert view["rejected"][0]["reason"] == "unreliable"
@@ -196,10 +209,10 @@ def test_a_small_shift_exceeds_the_limits():
 
 
 @pytest.mark.parametrize(
-    ("labels", "windows"), [(4096, 4096), (100, 100), (8192, 4096), (16000, 4000), (None, 4096)]
+    ("recorded", "windows"), [(4096, 4096), (100, 100), (None, 4096), (0, 4096), ("9", 4096)]
 )
-def test_the_size_of_the_reference_is_that_of_its_sample(labels, windows):
-    assert stream.reference_size({"labels": labels}) == windows
+def test_the_size_of_the_reference_is_what_the_version_says(recorded, windows):
+    assert stream.reference_size({"reference_windows": recorded}) == windows
 
 
 def test_blocks_that_ask_no_version_are_no_change_of_version(tmp_path):
@@ -285,3 +298,129 @@ def test_a_nested_field_of_any_value_never_stops_the_view(field, value):
     parsed = reading.parse_record(json.dumps(record).encode())
     if parsed is not None:
         json.dumps(plain(stream.stream_view([parsed], {})), allow_nan=False)
+
+
+def test_alarms_are_shown_in_words_and_those_that_stand_apart(run_dir):
+    assert run_view(run_dir)["watched"]
+    alarms = run_view(run_dir)["filters"]["train"]["alarms"]
+    assert [(a["kind"], a["state"]) for a in alarms["events"]] == [
+        ("ks", "raised"),
+        ("ks", "cleared"),
+        ("psi", "raised"),
+    ]
+    assert [(a["kind"], a["block"]) for a in alarms["standing"]] == [("psi", 383)]
+    assert alarms["events"][0]["text"] == (
+        "The scores' distribution differs from the version's reference (KS 0.05, limit 0.011)."
+    )
+    assert alarms["events"][1]["text"] == (
+        "No longer so: the scores' distribution differs from the version's reference (KS 0.05, "
+        "limit 0.011). Another version acts."
+    )
+    quiet = alarm_text(make_alarm("psi", 1, "cleared", value=0.01))
+    assert quiet.endswith("(PSI 0.01, limit 0.011).")
+
+
+def test_torn_and_odd_alarms_are_counted_and_those_of_other_filters_stay_there(tmp_path):
+    write_records(tmp_path, [make_record(0, 0)])
+    good = make_alarm("psi", 7, "raised")
+    path = write_alarms(tmp_path, [good, good | {"filter": "other"}, good | {"state": "odd"}])
+    path.write_bytes(path.read_bytes() + b'{"format": 1, "fil')
+    view = run_view(tmp_path)
+    assert view["filters"]["train"]["alarms"]["count"] == 1
+    assert view["problems"] == [
+        "monitor/alarms.jsonl: 2 lines are no complete alarm and left out.",
+    ]
+
+
+def test_the_agreement_its_interval_and_the_cost_of_rounds_are_shown(run_dir):
+    view = run_view(run_dir)
+    agreement = view["rounds"][1]["agreement"]
+    assert [round(agreement[f], 9) for f in ("rho", "low", "high")] == [0.6, 0.55, 0.65]
+    assert (agreement["version"], agreement["windows"]) == (2, 256)
+    assert view["rounds"][0]["verdict"] == "Published."
+    assert view["rounds"][2]["verdict"].startswith("Not published: the two halves of the labels")
+    kept = view["filters"]["train"]["kept"]
+    assert view["cost"] == {
+        "gradients": 4500.0,
+        "stages": {"labels": 3000.0, "fit": 0.0, "gate": 1500.0},
+        "rounds": 3,
+        "trained_windows": kept,
+        "share": 4500 / kept,
+    }
+    (check,) = view["checks"]
+    assert (check["name"], check["kind"], check["reliability"]) == ("000001", "lds", 0.92)
+    assert [check[f] for f in ("validity", "low", "high")] == [0.71, 0.6, 0.8]
+    assert check["classes"][0]["effect"] == 0.0102
+
+
+def test_reports_of_an_older_layout_are_shown_without_what_they_lack(tmp_path):
+    (tmp_path / "rounds").mkdir()
+    old = {"round": 1, "version": None, "reason": "gate: no strength was clearly better"}
+    (tmp_path / "rounds" / "round-000001.json").write_text(json.dumps(old))
+    view = run_view(tmp_path)
+    assert view["problems"] == []
+    (found,) = view["rounds"]
+    assert found["agreement"] is None and found["gradients"] is None and found["gate"] is None
+    assert found["verdict"].startswith("Not published: no strength was clearly better")
+    assert view["cost"]["gradients"] is None and view["cost"]["share"] is None
+
+
+def test_a_version_that_fell_back_says_why(tmp_path):
+    registry = mgf.Registry(tmp_path)
+    registry.publish(make_scorer())
+    assert fall_back(registry, "held-out loss 3.9 lies above its trend") == 2
+    assert not run_view(tmp_path)["watched"]
+    versions = run_view(tmp_path)["versions"]
+    assert [v["fallback"] for v in versions] == [None, "held-out loss 3.9 lies above its trend"]
+    assert versions[1]["strength"] == 0
+
+
+def test_a_shift_exceeds_the_wasserstein_limit_and_no_shift_does_not(run_dir):
+    series = run_view(run_dir)["filters"]["train"]["series"]
+    pairs = list(zip(series["wasserstein"], series["wasserstein_limit"]))
+    assert pairs[:6] == [(None, None)] * 6
+    assert [value > limit for value, limit in pairs[6:]] == [False] * 34 + [True] * 8
+
+
+def test_the_threshold_that_the_ratio_implies_is_read_from_the_distributions(run_dir):
+    threshold = run_view(run_dir)["filters"]["train"]["threshold"]
+    # A quarter of the reference lies above its third quartile; the newest windows are shifted up.
+    assert threshold["reference"] == pytest.approx(np.quantile(REFERENCE, 0.75))
+    assert threshold["reference"] < threshold["newest"] < max(REFERENCE)
+    assert threshold["realised"] == pytest.approx(1.27, abs=0.1)
+
+
+@given(st.dictionaries(st.sampled_from([*make_alarm("psi", 1, "raised")]), JSON))
+def test_an_alarm_of_any_fields_never_stops_the_view(fields):
+    alarm = reading.parse_alarm(json.dumps(make_alarm("psi", 1, "raised") | fields).encode())
+    if alarm is not None:
+        assert alarm_text(alarm).endswith(".")
+        json.dumps(plain(alarm), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["psi", "ks", "mean", "keep_ratio", "age", "rank_agreement", "feature:a{b}", "new{kind}"],
+)
+def test_every_kind_of_alarm_has_words_with_its_numbers(kind):
+    for state in ("raised", "cleared"):
+        text = alarm_text(make_alarm(kind, 1, state, value=0.125, limit=7.5))
+        assert "0.125" in text and "7.5" in text and text[0].isupper()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "unreliable",
+        "non_finite",
+        "starves",
+        "guard",
+        "not_better_than_uniform",
+        "worse_than_running",
+        "diverged",
+    ],
+)
+def test_every_reason_of_a_rejection_has_a_sentence(code):
+    assert verdict(code) == verdict(f"{code.replace('_', '-')}: details") != code
+    assert verdict(code).startswith("Not published: ")
+    assert verdict("something new") == "something new" and verdict(None) == "No reason given."

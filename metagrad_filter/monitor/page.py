@@ -21,8 +21,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from metagrad_filter.errors import DataError
+from metagrad_filter.errors import ConfigError, DataError
 from metagrad_filter.files import replace_file
+from metagrad_filter.monitor.examples import Examples
 from metagrad_filter.monitor.view import plain, run_view
 from metagrad_filter.store import Store
 
@@ -37,8 +38,7 @@ def report_html(view: View) -> str:
     """Returns the page of a view, with data, styles and script inside.
 
     Args:
-      view: as `run_view` returns it; an optional `examples`, a list of `{"score", "text"}`, is
-        shown as windows at both ends of the score.
+      view: as `run_view` returns it.
     """
     return _page(view, live=False)
 
@@ -49,29 +49,58 @@ def live_html(view: View) -> str:
 
 
 def write_run_report(
-    run_dir: str | os.PathLike[str] | Store, path: str | os.PathLike[str]
+    run_dir: str | os.PathLike[str] | Store,
+    path: str | os.PathLike[str],
+    *,
+    examples: int = 0,
+    tokenizer: str | os.PathLike[str] | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """Writes the page of a run; an existing file is replaced as a whole.
 
     Args:
       run_dir: as for `run_view`.
-      path: file to write.
+      path: file to write; readable by others, as a report is to be shown, unless it has examples.
+      examples: windows of the stream to show at each end of the score, at most 50; they may be
+        private, so there are none by default.
+      tokenizer: decodes them, see `load_decoder`; None shows token ids.
 
     Returns:
       `path` and the view that it shows.
 
     Raises:
-      ConfigError: `run_dir` is not a run's.
+      ConfigError: `run_dir` is not a run's, or `examples` or `tokenizer` cannot be used.
       DataError: the file cannot be written.
     """
-    target, view = Path(path), run_view(run_dir)
+    shown = examples_of(run_dir, examples, tokenizer)
+    target, view = Path(path), run_view(run_dir, examples=shown)
     try:
-        replace_file(target, report_html(view).encode(), mode=0o644)  # a report is to be shown
+        replace_file(target, report_html(view).encode(), mode=0o600 if shown else 0o644)
     except OSError as error:
         raise DataError(
             f"The report {target} cannot be written ({error}). Pass a path that can."
         ) from error
     return target, view
+
+
+def examples_of(
+    run_dir: str | os.PathLike[str] | Store,
+    count: int,
+    tokenizer: str | os.PathLike[str] | None,
+) -> Examples | None:
+    """Returns what finds examples for a view, or None where none are asked for.
+
+    Raises:
+      ConfigError: `count` is out of its domain, a tokenizer has nothing to decode, or it cannot be
+        read.
+    """
+    if type(count) is int and count == 0:
+        if tokenizer is not None:
+            raise ConfigError(
+                f"tokenizer is {os.fspath(tokenizer)!r}, but no examples are asked for; pass "
+                "examples=5 as well, which shows windows of the stream."
+            )
+        return None
+    return Examples(run_dir, count, tokenizer=tokenizer)
 
 
 def view_json(view: View) -> str:

@@ -1,13 +1,18 @@
-"""Reads the records of block statistics that filters append under `metrics/<name>/`.
+"""Reads the records of block statistics and the alarms that are appended to a run.
 
     read_records(store, "metrics/train") -> records, damaged
+    read_alarms(store) -> alarms, damaged
 
 Nothing about a line is taken for granted: a crash tears lines, and files may come from elsewhere.
 What makes a record one is checked here, its other fields where they are used, through `number`,
 `is_count` and `items`, which give None or nothing for what is not what it should be.
 
-Input: lines of JSON, format 1. Cost: about 0.1 ms a record; at most 64 MiB, the newest, are read.
-Read next: `stream.py`.
+An alarm is a line of `monitor/alarms.jsonl`: `{"format": 1, "filter": "train", "version": 3,
+"kind": "psi", "block": 4095, "value": 0.05, "limit": 0.011, "state": "raised", "time": 1.8e9}`,
+the fields of a `Finding` and what it was found of; `state` is "raised" or "cleared".
+
+Input: lines of JSON, format 1. Cost: about 0.1 ms a record; at most 64 MiB, the newest, are read,
+and of alarms at most 8 MiB. Read next: `stream.py`, `alarms.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +25,10 @@ from metagrad_filter.store import Store, is_key
 
 BINS = 64
 FORMAT = 1
+ALARMS = "monitor/alarms.jsonl"
 
+_MAX_ALARM_BYTES = 8 * 2**20
+_KIND_LENGTH = 80
 _MAX_FILE_BYTES = 16 * 2**20
 _MAX_BYTES = 64 * 2**20
 _COUNTS = ("first_block", "last_block", "blocks", "windows", "kept")
@@ -62,6 +70,45 @@ def read_records(store: Store, folder: str) -> tuple[list[Record], int]:
             else:
                 records.append(record)
     return sorted(records, key=lambda r: (r["first_block"], r["version"], r["last_block"])), damaged
+
+
+def read_alarms(store: Store) -> tuple[list[Record], int]:
+    """Reads what was raised and cleared for the filters of a run, in the order it was written.
+
+    Args:
+      store: the run's store.
+
+    Returns:
+      The alarms, and the number of lines that are not one; a file of more than 8 MiB counts as one.
+      Raises `OSError`.
+    """
+    try:
+        data = store.read(ALARMS, _MAX_ALARM_BYTES)
+    except FileNotFoundError:
+        return [], 0
+    except ValueError:
+        return [], 1
+    alarms = [parse_alarm(line) for line in data.split(b"\n") if line]
+    found = [alarm for alarm in alarms if alarm is not None]
+    return found, len(alarms) - len(found)
+
+
+def parse_alarm(line: bytes) -> Record | None:
+    """Returns the alarm of a line, or None for anything that is not a whole one."""
+    try:
+        alarm = json.loads(line, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(alarm, dict) or alarm.get("format") != FORMAT:
+        return None
+    if not isinstance(alarm.get("filter"), str):
+        return None
+    kind = alarm.get("kind")
+    if not isinstance(kind, str) or not 0 < len(kind) <= _KIND_LENGTH:
+        return None
+    if alarm.get("state") not in ("raised", "cleared") or not is_count(alarm.get("block")):
+        return None
+    return alarm
 
 
 def parse_record(line: bytes) -> Record | None:

@@ -9,6 +9,9 @@ Answers GET (and HEAD) only, reads the known files of one run and nothing that a
 keeps nothing on disk. The run is read again only when the names or sizes of its files have changed,
 once for all clients and never for more than a fifth of the time.
 
+With examples, windows of the stream are on the page; a server that shows some listens on the
+loopback interface only. `/metrics` and a port of its own answer Prometheus (`exporter.py`).
+
 Input: a run directory, which may still be empty. Cost: one listing every two seconds while somebody
 looks (30 s for a bucket). Needs the extra `monitor` (starlette and uvicorn). Read next: `view.py`.
 """
@@ -24,10 +27,13 @@ import time
 from collections.abc import AsyncIterator, Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
+from metagrad_filter.calibration.validation import FILE as VALIDATION
 from metagrad_filter.errors import ConfigError, MetagradFilterError
 from metagrad_filter.ledger import FOLDER as LEDGERS
 from metagrad_filter.ledger import is_name
-from metagrad_filter.monitor.page import live_html, view_json
+from metagrad_filter.monitor.exporter import RunExporter
+from metagrad_filter.monitor.page import examples_of, live_html, view_json
+from metagrad_filter.monitor.records import ALARMS
 from metagrad_filter.monitor.view import METRICS, ROUNDS, run_view
 from metagrad_filter.registry import FOLDER as REGISTRY
 from metagrad_filter.store import LocalStore, Store, is_key, open_store
@@ -60,6 +66,7 @@ def make_app(
     poll_seconds: float | None = None,
     heartbeat_seconds: float = _HEARTBEAT_SECONDS,
     lifetime_seconds: float = _LIFETIME_SECONDS,
+    examples: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None,
 ) -> Starlette:
     """Makes the application, for `serve` or for a server of one's own.
 
@@ -71,6 +78,7 @@ def make_app(
       poll_seconds: between looks at the run; None for 2 s, or 30 s where it lies in a bucket.
       heartbeat_seconds: between comments on a silent `/events`.
       lifetime_seconds: after which `/events` ends, and a browser connects again.
+      examples: as for `run_view`.
 
     Returns:
       An ASGI application.
@@ -112,7 +120,7 @@ def make_app(
     except ImportError as error:
         raise _missing(error) from error
 
-    watch = _Watch(store, poll_seconds)
+    watch = _Watch(store, poll_seconds, examples)
     listening = 0
 
     def reply(kind: type[Response], content: Any, status: int = 200, **more: Any) -> Response:
@@ -184,7 +192,9 @@ def serve(
     host: str = "127.0.0.1",
     port: int = DEFAULT_PORT,
     *,
-    metrics: Callable[[], bytes] | None = None,
+    metrics_port: int | None = None,
+    examples: int = 0,
+    tokenizer: str | os.PathLike[str] | None = None,
 ) -> None:
     """Serves the page until interrupted.
 
@@ -195,39 +205,57 @@ def serve(
       run_dir: a directory, a URL (see `open_store`), or a store.
       host: address to listen on.
       port: TCP port; 0 lets the system choose one.
-      metrics: see `make_app`.
+      metrics_port: where Prometheus is answered as well, on `host`; 0 lets the system choose one,
+        None leaves it to the page's own `/metrics`.
+      examples, tokenizer: as for `write_run_report`; on the loopback interface only.
 
     Raises:
-      ConfigError: an argument is out of its domain, or starlette or uvicorn is not installed.
+      ConfigError: an argument is out of its domain, examples are asked for on an address that
+        others reach, or starlette or uvicorn is not installed.
       OSError: the port is taken, or the store cannot be reached.
     """
     if type(port) is not int or not 0 <= port < 65536:
         raise ConfigError(f"port is {port!r}, expected an int in [0, 65535].")
     if not isinstance(host, str) or not host:
         raise ConfigError(f"host is {host!r}, expected an address such as '127.0.0.1'.")
+    if metrics_port is not None and (
+        type(metrics_port) is not int or not 0 <= metrics_port < 2**16
+    ):
+        raise ConfigError(
+            f"metrics_port is {metrics_port!r}, expected an int in [0, 65535] or None."
+        )
+    shown = examples_of(run_dir, examples, tokenizer)
+    if shown is not None and not (_is_loopback(host) or host == "::1"):
+        raise ConfigError(
+            f"host is {host!r} and examples is {examples!r}: windows of the stream are shown on "
+            "127.0.0.1 only, for there is no password; leave one of the two out."
+        )
     try:
         import uvicorn  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise _missing(error) from error
+    exporter = RunExporter(run_dir)
     hosts = ("127.0.0.1", "localhost") if _is_loopback(host) else ("*",)
-    app = make_app(run_dir, metrics=metrics, hosts=hosts)
+    app = make_app(run_dir, metrics=exporter.text, hosts=hosts, examples=shown)
     config = uvicorn.Config(
         app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=1
     )
     # Binding here turns a taken port into an OSError in place of an exit.
     listener = _listener(host, port)
-    shown = f"[{host}]" if ":" in host else host
-    with listener:
-        print(f"http://{shown}:{listener.getsockname()[1]}/", flush=True)
+    name = f"[{host}]" if ":" in host else host
+    with listener, exporter:
+        print(f"http://{name}:{listener.getsockname()[1]}/", flush=True)
+        if metrics_port is not None:
+            print(f"http://{name}:{exporter.serve(metrics_port, host)}/metrics", flush=True)
         uvicorn.Server(config).run(sockets=[listener])
 
 
 class _Watch:
     """The newest view of a run, read again when the run has changed."""
 
-    def __init__(self, store: Store, poll_seconds: float):
+    def __init__(self, store: Store, poll_seconds: float, examples: Any = None):
         self.number, self.failures, self.problem = 0, 0, ""
-        self._store, self._poll = store, poll_seconds
+        self._store, self._poll, self._examples = store, poll_seconds, examples
         self._lock = threading.Lock()
         self._stamp: Hashable = None
         self._again = 0.0
@@ -258,7 +286,7 @@ class _Watch:
 
     def _read(self, stamp: Hashable) -> None:
         began = time.monotonic()
-        self.view = run_view(self._store, verify=False)
+        self.view = run_view(self._store, verify=False, examples=self._examples)
         self.text = view_json(self.view)
         self.number += 1
         self._stamp = stamp
@@ -280,13 +308,15 @@ def _stamp(store: Store) -> Hashable:
         found.append((folder, tuple(names)))
         if isinstance(store, LocalStore) and folder.startswith(METRICS):
             found.append(tuple(_size(store, f"{folder}/{n}") for n in names if is_key(n)))
+    if isinstance(store, LocalStore):
+        found += [_size(store, key) for key in (ALARMS, VALIDATION)]
     return tuple(found)
 
 
 def _size(store: LocalStore, key: str) -> int:
     try:
         return os.stat(store.directory / key, follow_symlinks=False).st_size
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return -1
 
 
@@ -296,6 +326,8 @@ def _listener(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
+        # From here on a client waits for the server to start and is not refused.
+        listener.listen()
     except OSError as error:
         listener.close()
         raise OSError(

@@ -8,7 +8,11 @@ end in `_total` are what was added since the last write, all others are present 
 imported when its sink is made, and a missing one is named together with how to install it. Cost: a
 few microseconds a value; `Prometheus.observe_scores` takes about one microsecond a window.
 
-Read next: `alarms.py` (what is worth exporting).
+A loader's worker processes count through `export_block`: where an exporter of several processes
+runs, such as grain's own under ENABLE_PYGRAIN_PROMETHEUS_TELEMETRY=true, their numbers are on its
+port, added up, and no server of ours is needed. Importing this imports none of the packages.
+
+Read next: `alarms.py` (what is worth exporting), `exporter.py` (a run's numbers from its files).
 """
 
 from __future__ import annotations
@@ -18,14 +22,17 @@ import json
 import math
 import os
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from metagrad_filter.blockstats import BINS, OTHER
 from metagrad_filter.errors import ConfigError
 from metagrad_filter.files import make_directory
-from metagrad_filter.monitor.alarms import Finding
+
+if TYPE_CHECKING:
+    from metagrad_filter.monitor.alarms import Finding
 
 PREFIX = "metagrad_filter_"
 
@@ -55,9 +62,11 @@ METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
     "calibration_duration_seconds": ("Seconds of the last calibration round.", ()),
 }
 
+SCORE_BUCKETS = 16
+SCORE_TEXT = "Level of the score in the version's reference sample, 0 to 1."
+
 _LABEL_VALUES = 32
 _LABEL_LENGTH = 64
-_SCORE_BUCKETS = 16
 _FINDINGS = {
     "psi": "score_psi",
     "ks": "score_ks",
@@ -65,6 +74,10 @@ _FINDINGS = {
     "rank_agreement": "rank_correlation",
     "age": "scorer_age_blocks",
 }
+
+
+_exported: Prometheus | None = None
+_export_lock = threading.Lock()
 
 
 @runtime_checkable
@@ -114,6 +127,66 @@ def values_of(record: Mapping[str, Any], current: Mapping[str, Finding]) -> dict
             if f"{name}_limit" in METRICS:
                 values[f"{name}_limit"] = current[kind].limit
     return values
+
+
+def exported() -> Prometheus | None:
+    """Returns the process's sink where an exporter of several processes runs, else None.
+
+    Such a one is told by PROMETHEUS_MULTIPROC_DIR, which grain sets when it is imported under
+    ENABLE_PYGRAIN_PROMETHEUS_TELEMETRY=true. The sink is made once a process.
+    """
+    global _exported
+    if not os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        return None
+    with _export_lock:
+        if _exported is None:
+            _exported = Prometheus()
+        return _exported
+
+
+def export_block(
+    sink: MetricSink,
+    *,
+    block: int,
+    version: int,
+    kept: Sequence[int],
+    windows: int,
+    sources: Sequence[Any] | None = None,
+    tokens: int = 0,
+    threshold: float | None = None,
+    target: float | None = None,
+    seconds: float = 0.0,
+) -> None:
+    """Counts one block of a filter.
+
+    Args:
+      sink: of `exported`.
+      block: the block's index.
+      version: the scorer's; 0 or less is a uniform choice.
+      kept: positions of the windows that are kept.
+      windows: in the block.
+      sources: the source of each of them; None counts them under the source "".
+      tokens: in one window; 0 where that is not known, which leaves tokens uncounted.
+      threshold: lowest kept score.
+      target: share of the windows that shall be kept.
+      seconds: time inside the scorer.
+    """
+    labels = [""] * windows if sources is None else list(map(str, sources))
+    seen, chosen = Counter(labels), Counter(labels[i] for i in kept)
+    for source, count in seen.items():
+        for decision, of in (("kept", chosen[source]), ("dropped", count - chosen[source])):
+            values = {"windows_total": float(of)}
+            if tokens:
+                values["tokens_total"] = float(of * tokens)
+            sink.write(block, values, {"decision": decision, "source": source})
+    values = {
+        "keep_ratio": len(kept) / windows if windows else None,
+        "target_keep_ratio": target,
+        "threshold": threshold,
+        "scorer_version": float(max(version, 0)),
+        "score_duration_seconds_total": seconds,
+    }
+    sink.write(block, {name: value for name, value in values.items() if value is not None})
 
 
 class JsonLines:
@@ -190,10 +263,10 @@ class Prometheus:
                         multiprocess_mode="mostrecent",
                     )
                 self._metrics[name] = metric
-            levels = [level / _SCORE_BUCKETS for level in range(1, _SCORE_BUCKETS)]
+            levels = [level / SCORE_BUCKETS for level in range(1, SCORE_BUCKETS)]
             self._score = self._client.Histogram(
                 PREFIX + "score",
-                "Level of the score in the version's reference sample, 0 to 1.",
+                SCORE_TEXT,
                 registry=self._registry,
                 buckets=levels,
             )

@@ -4,8 +4,9 @@
 
 A record says what one process saw over some blocks: counts, score moments, and a histogram between
 the 64 quantiles of the version's reference. PSI and binned KS compare that histogram with equal
-shares. Their limits are null quantiles, not rules of thumb: the reference is itself a sample, of
-`m` windows, so `1/n + 1/m` stands where a known distribution would have `1/n`.
+shares, the Wasserstein distance says how far the scores moved, in units of the score. Their limits
+are null quantiles, not rules of thumb: the reference is itself a sample, of `m` windows, so
+`1/n + 1/m` stands where a known distribution would have `1/n`.
 
 Input: records of `records.py`. Output: JSON types. Cost: about 0.1 ms a record.
 
@@ -14,44 +15,58 @@ References:
     `(1/n + 1/m)` times a chi-squared variable of K - 1 degrees of freedom.
   KS: Smirnov's limit for two samples, `sqrt(-log(alpha / 2) / 2 * (1/n + 1/m))`; binning makes it
     smaller, so the limit is conservative.
+  Wasserstein: simulated (`drift.wasserstein_limit`) once a version, for other numbers of windows
+    scaled by the root of `1/n + 1/m`, as the distance of the null is.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 from scipy.stats import chi2
 
-from metagrad_filter.monitor.drift import ks, psi
+from metagrad_filter.blockstats import bin_edges
+from metagrad_filter.errors import MetagradFilterError
+from metagrad_filter.monitor.drift import ks, psi, wasserstein, wasserstein_limit
 from metagrad_filter.monitor.records import BINS, Record, is_count, items, number
+from metagrad_filter.monitor.sketch import ScoreSketch
 
 MAX_POINTS = 2000
 
 _REFERENCE_WINDOWS = 4096
 _ALPHA = 0.001
+_RARE = 0.002  # the rarest distance that is simulated
+_SIMULATED_WINDOWS = 4096
 _DRAWN_LABELS = 6
 _NEWEST_WINDOWS = 32768
+_DRIFT = ("psi", "psi_limit", "ks", "ks_limit", "wasserstein", "wasserstein_limit")
 
 
 def stream_view(
-    records: Sequence[Record], references: Mapping[int, Mapping[str, Any]]
+    records: Sequence[Record],
+    references: Mapping[int, Mapping[str, Any]],
+    target_ratio: float | None = None,
 ) -> dict[str, Any]:
     """Makes the series and totals of one filter.
 
     Args:
       records: in the order of the stream, see `read_records`.
       references: metadata by version: `reference` (257 quantiles) and `labels` (their sample).
+      target_ratio: what is to be kept, in (0, 1], or None where that is not known.
 
     Returns:
       `series`: columns of equal length, None where unknown: `block` (last one), `version`,
       `windows`, `kept_ratio`, `score_mean`, `threshold_mean`, `threshold_min`, `threshold_max`,
-      `psi`, `psi_limit`, `ks`, `ks_limit`, `us_per_window`. Besides: `records`, `windows`, `kept`,
-      `kept_ratio`, `version` that acts at the end and its `age_blocks` and `age_seconds`, `swaps`,
-      `histogram` of the newest records, `groups` and `features`.
+      `psi`, `psi_limit`, `ks`, `ks_limit`, `wasserstein`, `wasserstein_limit`, `us_per_window`.
+      Besides: `records`, `windows`, `kept`, `kept_ratio`, `seconds` of scoring, `score_bins` (64
+      counts of all scored windows by level in their version's reference), `version` that acts at
+      the end and its `age_blocks` and `age_seconds`, `swaps`, `histogram` of the newest records,
+      `threshold` that the ratio implies, `groups` and `features`.
     """
     parts = _parts(records)
     points = [_point(part, references) for part in parts]
@@ -69,17 +84,22 @@ def stream_view(
         age = max(r["last_block"] for r in records) + 1 - swaps[-1]["block"]
         times = [t for r in records if r["version"] == version if (t := number(r.get("time")))]
         seconds = max(times) - min(times) if times else None
+    bins = _bins(records, "bins")
+    histogram = _histogram(records, version, references)
     return {
         "records": len(records),
         "windows": windows,
         "kept": kept,
         "kept_ratio": kept / windows if windows else None,
+        "seconds": _total(records, lambda r: number(r.get("seconds"))),
+        "score_bins": None if bins is None else bins.tolist(),
         "version": version,
         "age_blocks": age,
         "age_seconds": seconds,
         "swaps": swaps[-MAX_POINTS:],
         "series": {name: [p[name] for p in points] for name in (points[0] if points else ())},
-        "histogram": _histogram(records, version, references),
+        "histogram": histogram,
+        "threshold": _implied(points, histogram, target_ratio),
         "groups": _groups(records, parts),
         "features": _features(records, parts),
     }
@@ -98,11 +118,61 @@ def limits(windows: int, reference_windows: float, bins: int = BINS) -> tuple[fl
 
 
 def reference_size(metadata: Mapping[str, Any] | None) -> float:
-    """Windows behind a version's reference quantiles: at most 4096, evenly spaced labels."""
-    labels = (metadata or {}).get("labels")
-    if type(labels) is not int or labels < 1:
-        return _REFERENCE_WINDOWS
-    return -(-labels // -(-labels // _REFERENCE_WINDOWS))
+    """Windows behind a version's reference quantiles; 4096 where the version does not say."""
+    windows = (metadata or {}).get("reference_windows")
+    return windows if type(windows) is int and windows >= 1 else _REFERENCE_WINDOWS
+
+
+def _distance(
+    part: Iterable[Record], version: int, references: Mapping[int, Mapping[str, Any]]
+) -> tuple[float | None, float | None]:
+    """Wasserstein distance of a part's scores from their reference, and its limit."""
+    metadata = references.get(version) or {}
+    reference = metadata.get("reference")
+    if not isinstance(reference, list) or bin_edges(reference) is None:
+        return None, None
+    sketch = ScoreSketch()
+    for record in part:
+        try:
+            found = ScoreSketch.from_record(record)
+            sketch = sketch if found is None else sketch + found
+        except (MetagradFilterError, KeyError, TypeError):
+            return None, None  # moments that do not belong to the counts
+    if not sketch.count:
+        return None, None
+    m = reference_size(metadata)
+    values = tuple(float(v) for v in reference)
+    value = wasserstein(sketch, values)
+    limit = _simulated(values, m)
+    scale = (1 / sketch.count + 1 / m) / (1 / _SIMULATED_WINDOWS + 1 / m)
+    return value, None if limit is None else limit * math.sqrt(scale)
+
+
+@lru_cache(maxsize=256)
+def _simulated(reference: tuple[float, ...], windows: float) -> float | None:
+    if windows < 2 * BINS:
+        return None
+    return wasserstein_limit(_SIMULATED_WINDOWS, reference, reference=int(windows), level=_RARE)
+
+
+def _implied(
+    points: Sequence[Mapping[str, Any]],
+    histogram: Mapping[str, Any] | None,
+    target: float | None,
+) -> dict[str, Any]:
+    """Score above which the target's share lies: of the reference, of the newest windows, kept."""
+    realised = next(
+        (p["threshold_mean"] for p in reversed(points) if p["threshold_mean"] is not None), None
+    )
+    found: dict[str, Any] = {"realised": realised, "reference": None, "newest": None}
+    edges = (histogram or {}).get("edges")
+    if histogram is None or edges is None or target is None:
+        return found
+    level = 1 - target
+    found["reference"] = float(np.interp(level, np.linspace(0, 1, len(edges)), edges))
+    levels = np.concatenate([[0], np.cumsum(histogram["bins"])]) / histogram["windows"]
+    found["newest"] = float(np.interp(level, levels, edges))
+    return found
 
 
 def _parts(records: Sequence[Record]) -> list[list[Record]]:
@@ -126,12 +196,13 @@ def _point(part: list[Record], references: Mapping[int, Mapping[str, Any]]) -> d
     windows = sum(r["windows"] for r in part)
     bins = _bins(part, "bins")
     count = 0 if bins is None else int(bins.sum())
-    found: dict[str, Any] = dict.fromkeys(("psi", "psi_limit", "ks", "ks_limit"))
+    found: dict[str, Any] = dict.fromkeys(_DRIFT)
     if bins is not None and count:
         found["psi"], found["ks"] = psi(bins), ks(bins)
         found["psi_limit"], found["ks_limit"] = limits(
             count, reference_size(references.get(version))
         )
+        found["wasserstein"], found["wasserstein_limit"] = _distance(part, version, references)
     seconds = _total(part, lambda r: number(r.get("seconds")))
     return {
         "block": max(r["last_block"] for r in part),
@@ -291,6 +362,6 @@ def _extreme(which: Callable[..., float], part: list[Record], field: str) -> flo
     return which(values) if values else None
 
 
-def _total(part: list[Record], get: Callable[[Record], float | None]) -> float | None:
+def _total(part: Sequence[Record], get: Callable[[Record], float | None]) -> float | None:
     values = [value for r in part if (value := get(r)) is not None]
     return sum(values) if values else None

@@ -1,11 +1,13 @@
 """Everything the monitor's page shows of a run, as JSON types.
 
-    run_view(run_dir) -> {"versions", "rejected", "rounds", "filters": {name: ...}, "problems"}
+    run_view(run_dir) -> {"versions", "rejected", "rounds", "checks", "cost", "filters": {...},
+                          "examples", "problems"}
 
-Only reads, and only what a run stores anyway: registry, ledgers, round reports and the records of
-block statistics under `metrics/<name>/`. Parts that are missing are empty, parts that are damaged
-are named in `problems`, and everything else is shown all the same. A series over the stream has at
-most 2,000 points: neighbouring records are added up, so counts and histograms stay exact.
+Only reads, and only what a run stores anyway: registry, ledgers, round reports, checks, alarms and
+the records of block statistics under `metrics/<name>/`. Parts that are missing are empty, parts
+that are damaged are named in `problems`, and everything else is shown all the same. A series over
+the stream has at most 2,000 points: neighbouring records are added up, so counts and histograms
+stay exact. Windows are shown only where `examples` is asked for.
 
 Cost: one read of the stored JSON (at most 64 MiB of records a filter, the newest), and with
 `verify` one load per version. Read next: `page.py`, `server.py`, `stream.py`, `records.py`.
@@ -17,15 +19,19 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
+
+from metagrad_filter.calibration.validation import read_validation
 from metagrad_filter.errors import ConfigError, MetagradFilterError, ScorerRejected
 from metagrad_filter.ledger import FOLDER as LEDGERS
 from metagrad_filter.ledger import Ledger, is_name
-from metagrad_filter.monitor.records import read_records
-from metagrad_filter.monitor.stream import stream_view
+from metagrad_filter.monitor.records import ALARMS, items, number, read_alarms, read_records
+from metagrad_filter.monitor.stream import MAX_POINTS, stream_view
+from metagrad_filter.monitor.words import alarm_text, verdict
 from metagrad_filter.registry import FOLDER as REGISTRY
 from metagrad_filter.registry import Registry
 from metagrad_filter.store import LocalStore, Store, is_key, open_store
@@ -38,20 +44,42 @@ _MAX_DOCUMENT_BYTES = 16 * 2**20
 _MAX_TEXT = 2000
 _MAX_DEPTH = 12
 _FROM_METADATA = ("round", "form", "labels", "reliability", "rank_correlation", "live_step")
-_FROM_ROUND = (*_FROM_METADATA, "version", "reason", "strength", "started_from", "seconds")
+_FROM_ROUND = (
+    *_FROM_METADATA,
+    *("version", "reason", "strength", "started_from", "seconds", "estimator", "horizon"),
+    *("learning_rate_scale", "gradients"),
+)
+_AGREEMENT = ("rho", "low", "high", "version", "windows", "reliability")
+_ARM = (
+    *("strength", "gain", "standard_error", "better", "broken_guard", "starved"),
+    *("running", "version", "lead", "harmful"),
+)
+_GATE = ("pairs", "bar")
+_SHOWN_ALARMS = 200
+_SHOWN_CHECKS = 50
+_READ_FAILURES = 100
 
 
-def run_view(run_dir: str | os.PathLike[str] | Store, *, verify: bool = True) -> dict[str, Any]:
+def run_view(
+    run_dir: str | os.PathLike[str] | Store,
+    *,
+    verify: bool = True,
+    examples: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None,
+) -> dict[str, Any]:
     """Reads what a run has stored and returns what the page shows of it.
 
     Args:
       run_dir: a directory, a URL (see `open_store`), or a store.
       verify: load every version to see whether it is intact, not only its manifest.
+      examples: makes windows to show of the view, see `examples.Examples`; None shows none.
 
     Returns:
-      JSON types, every number finite: `run` (its place), `versions`, `rejected` candidates and
-      `rounds`, oldest first; `filters` by name, each with `config`, ledger `intervals` and what
-      `stream_view` makes of its records; `problems`, a sentence for each part that cannot be read.
+      JSON types, every number finite: `run` (its place), whether it is `watched` by a drift
+      monitor, `versions`, `rejected` candidates,
+      `rounds` and `checks`, oldest first; live `validation` losses; `cost` of calibration in window
+      gradients, and its share of training's; `filters` by name, each with `config`, ledger
+      `intervals`, `alarms` and what `stream_view` makes of its records; `examples`, None unless
+      asked for; `problems`, a sentence for each part that cannot be read.
 
     Raises:
       ConfigError: there is no such directory, or the URL is not one of a store.
@@ -64,6 +92,10 @@ def run_view(run_dir: str | os.PathLike[str] | Store, *, verify: bool = True) ->
         )
     problems: list[str] = []
     versions, references = _versions(store, verify, problems)
+    alarms, damaged = _reading(problems, lambda: read_alarms(store), ([], 0))
+    if damaged:
+        lines = "line is" if damaged == 1 else "lines are"
+        problems.append(f"{ALARMS}: {damaged} {lines} no complete alarm and left out.")
     view = {
         "format": FORMAT,
         "run": str(store.describe()),
@@ -71,15 +103,23 @@ def run_view(run_dir: str | os.PathLike[str] | Store, *, verify: bool = True) ->
         "rejected": [
             _rejected(d) for d in _documents(store, REGISTRY, r"rejected-(\d+)\.json", problems)
         ],
-        "rounds": [
-            {name: d.get(name) for name in _FROM_ROUND} | {"gate": _gate(d.get("gate"))}
-            for d in _documents(store, ROUNDS, r"round-(\d+)\.json", problems)
-        ],
+        "rounds": [_round(d) for d in _documents(store, ROUNDS, r"round-(\d+)\.json", problems)],
+        "watched": bool(_reading(problems, lambda: store.names(ALARMS.partition("/")[0]), [])),
+        **_failures(store),
+        "checks": _checks(store, problems),
+        "validation": _validation(store, problems),
         "filters": {
-            name: _filter(store, name, references, problems) for name in _filters(store, problems)
+            name: _filter(
+                store, name, references, [a for a in alarms if a["filter"] == name], problems
+            )
+            for name in _filters(store, problems)
         },
+        "examples": None,
         "problems": problems,
     }
+    view["cost"] = _cost(view["rounds"], view["filters"].values())
+    if examples is not None:
+        view["examples"] = _reading(problems, lambda: examples(view), None)
     return plain(view)
 
 
@@ -106,22 +146,23 @@ def _versions(
     """The versions, and what their scores are compared with: reference quantiles and labels."""
     registry = Registry(store)
     versions, references = [], {}
-    for number in _reading(problems, registry.versions, []):
+    for version in _reading(problems, registry.versions, []):
         try:
-            manifest = registry.manifest(number)
+            manifest = registry.manifest(version)
             if verify:
-                registry.load(number)
+                registry.load(version)
         except ScorerRejected as error:
-            versions.append({"version": number, "state": f"refused ({error.reason})"})
-            problems.append(f"Version {number}: {error}")
+            versions.append({"version": version, "state": f"refused ({error.reason})"})
+            problems.append(f"Version {version}: {error}")
             continue
         metadata = manifest.get("metadata")
         metadata = metadata if isinstance(metadata, dict) else {}
-        references[number] = metadata
+        references[version] = metadata
         versions.append(
-            {"version": number, "state": "ok", "strength": manifest.get("strength")}
+            {"version": version, "state": "ok", "strength": manifest.get("strength")}
             | {name: metadata.get(name) for name in _FROM_METADATA}
             | {"gate": _gate(metadata.get("gate")), "has_reference": "reference" in metadata}
+            | {name: metadata.get(name) for name in ("fallback", "fallback_step")}
         )
     return versions, references
 
@@ -131,6 +172,7 @@ def _rejected(document: dict[str, Any]) -> dict[str, Any]:
     metadata = metadata if isinstance(metadata, dict) else {}
     return {
         "reason": document.get("reason"),
+        "verdict": verdict(document.get("reason")),
         "detail": metadata.get("detail"),
         **{name: metadata.get(name) for name in _FROM_METADATA},
         "gate": _gate(metadata.get("gate")),
@@ -144,11 +186,90 @@ def _gate(gate: Any) -> dict[str, Any] | None:
     return {
         "chosen": gate.get("chosen"),
         "arms": [
-            {name: arm.get(name) for name in ("strength", "gain", "standard_error")}
+            {name: arm[name] for name in _ARM if name in arm}
             for arm in (arms if isinstance(arms, list) else [])
             if isinstance(arm, dict)
         ],
+        **{name: gate[name] for name in _GATE if name in gate},
     }
+
+
+def _round(document: dict[str, Any]) -> dict[str, Any]:
+    found = {name: document.get(name) for name in _FROM_ROUND}
+    agreement = document.get("agreement")
+    agreement = agreement if isinstance(agreement, dict) else None
+    return found | {
+        "agreement": agreement and {name: agreement.get(name) for name in _AGREEMENT},
+        "gate": _gate(document.get("gate")),
+        "verdict": verdict(found["reason"]),
+    }
+
+
+def _failures(store: Store) -> dict[str, int]:
+    """Rounds that ended in an error, and those of them whose version could not be published."""
+    names = _names(store, ROUNDS, r"failed-(\d+)\.json", [])
+    newest = [_document(store, f"{ROUNDS}/{name}", []) for name in names[-_READ_FAILURES:]]
+    unpublished = sum(d is not None and d.get("error") == "PublishFailed" for d in newest)
+    return {"failed_rounds": len(names), "publish_failures": unpublished}
+
+
+def _checks(store: Store, problems: list[str]) -> list[dict[str, Any]]:
+    found = []
+    for name in _names(store, ROUNDS, r"check-([A-Za-z0-9_-]{1,80})\.json", problems):
+        document = _document(store, f"{ROUNDS}/{name}", problems)
+        if document is not None:
+            found.append({"name": name[6:-5]} | document)
+    return found[-_SHOWN_CHECKS:]
+
+
+def _validation(store: Store, problems: list[str]) -> dict[str, Any]:
+    """Live validation losses that training recorded, the newest 2,000, and where they fell back."""
+    steps, losses = [], []
+    if isinstance(store, LocalStore):
+        steps, losses = _reading(
+            problems, lambda: read_validation(store.directory), (np.empty(0), np.empty(0))
+        )
+        steps, losses = steps[-MAX_POINTS:].tolist(), losses[-MAX_POINTS:].tolist()
+    return {"steps": steps, "losses": losses}
+
+
+def _cost(rounds: list[dict[str, Any]], filters: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Window gradients of calibration by stage, and their share of training's where known."""
+    stages: dict[str, float] = {}
+    counted = 0
+    for entry in rounds:
+        parts = [(name, number(value)) for name, value in items(entry["gradients"])]
+        counted += any(value is not None for _, value in parts)
+        for name, value in parts:
+            stages[name] = stages.get(name, 0.0) + (value or 0.0)
+    # Training takes one gradient for each window that any filter of the run keeps.
+    trained = sum(entry["kept"] for entry in filters)
+    total = sum(stages.values()) if counted else None
+    return {
+        "gradients": total,
+        "stages": stages,
+        "rounds": counted,
+        "trained_windows": trained,
+        "share": total / trained if total is not None and trained else None,
+    }
+
+
+def _alarms(found: list[dict[str, Any]]) -> dict[str, Any]:
+    standing: dict[str, Any] = {}
+    for alarm in found:
+        standing.pop(alarm["kind"], None)
+        if alarm["state"] == "raised":
+            standing[alarm["kind"]] = alarm
+    return {
+        "count": len(found),
+        "events": [_alarm(alarm) for alarm in found[-_SHOWN_ALARMS:]],
+        "standing": [_alarm(alarm) for alarm in standing.values()],
+    }
+
+
+def _alarm(alarm: dict[str, Any]) -> dict[str, Any]:
+    names = ("kind", "block", "value", "limit", "state", "version", "time")
+    return {name: alarm.get(name) for name in names} | {"text": alarm_text(alarm)}
 
 
 def _filters(store: Store, problems: list[str]) -> list[str]:
@@ -159,7 +280,11 @@ def _filters(store: Store, problems: list[str]) -> list[str]:
 
 
 def _filter(
-    store: Store, name: str, references: dict[int, dict[str, Any]], problems: list[str]
+    store: Store,
+    name: str,
+    references: dict[int, dict[str, Any]],
+    alarms: list[dict[str, Any]],
+    problems: list[str],
 ) -> dict[str, Any]:
     config = _document(store, f"{LEDGERS}/{name}/filter.json", [])
     entries = _reading(problems, Ledger(store, name).entries, {})
@@ -179,7 +304,8 @@ def _filter(
         "config": config,
         "target_ratio": target,
         "intervals": intervals,
-        **stream_view(records, references),
+        "alarms": _alarms(alarms),
+        **stream_view(records, references, target),
     }
 
 
@@ -194,12 +320,17 @@ def _ratio(value: Any) -> float | None:
 def _documents(
     store: Store, folder: str, pattern: str, problems: list[str]
 ) -> Iterator[dict[str, Any]]:
-    names = _reading(problems, lambda: store.names(folder), [])
-    numbered = [(int(m[1]), n) for n in names if is_key(n) and (m := re.fullmatch(pattern, n))]
-    for _, name in sorted(numbered):
+    for name in _names(store, folder, pattern, problems):
         document = _document(store, f"{folder}/{name}", problems)
         if document is not None:
             yield document
+
+
+def _names(store: Store, folder: str, pattern: str, problems: list[str]) -> list[str]:
+    """Names of a folder that match, in the order of the number that the pattern's group is."""
+    names = _reading(problems, lambda: store.names(folder), [])
+    found = [(m[1], n) for n in names if is_key(n) and (m := re.fullmatch(pattern, n))]
+    return [n for _, n in sorted(found, key=lambda f: (int(f[0]) if f[0].isdecimal() else 0, *f))]
 
 
 def _document(store: Store, key: str, problems: list[str]) -> dict[str, Any] | None:

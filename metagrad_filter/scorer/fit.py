@@ -46,14 +46,17 @@ class Preset(NamedTuple):
     Attributes:
       bits: log2 of the number of table rows.
       width: columns of the table; 1 is the linear scorer alone.
+      orders: longest n-gram.
     """
 
     bits: int
     width: int
+    orders: int = 2
 
 
 PRESETS = {
     "linear": Preset(20, 1),  # 1 MiB in int8
+    "trigram": Preset(20, 1, 3),
     "embedding": Preset(18, 16),  # 4 MiB
     "small": Preset(16, 32),  # 2 MiB
     "large": Preset(20, 32),  # 32 MiB
@@ -81,12 +84,19 @@ def fit_scorer(
     pad_id: int | None = None,
     preset: str = "linear",
     dtype: str = "int8",
+    weights: np.ndarray | None = None,
+    reference: np.ndarray | None = None,
 ) -> Scorer: ...
 
 
 @overload
 def fit_scorer(
-    windows: np.ndarray, labels: np.ndarray, *, kind: Literal["series"], seed: int = 0
+    windows: np.ndarray,
+    labels: np.ndarray,
+    *,
+    kind: Literal["series"],
+    seed: int = 0,
+    reference: np.ndarray | None = None,
 ) -> SeriesScorer: ...
 
 
@@ -100,6 +110,8 @@ def fit_scorer(
     pad_id: int | None = None,
     preset: str = "linear",
     dtype: str = "int8",
+    weights: np.ndarray | None = None,
+    reference: np.ndarray | None = None,
 ) -> Scorer | SeriesScorer:
     """Fits a scorer that ranks windows as their labels do.
 
@@ -114,24 +126,33 @@ def fit_scorer(
       vocab_size: ids lie in [0, vocab_size); the loader refuses others. Text only, like all below.
       seed: of the hash, the split and the bag (series: of the split and its network).
       pad_id: id that pads windows and never counts.
-      preset: "linear" (2^20 rows), or one that tries an embedding bag as well: "embedding"
-        (2^18 rows of 16), "small" (2^16 x 32), "large" (2^20 x 32).
+      preset: "linear" (2^20 rows), "trigram" (the same with trigrams), or one that tries an
+        embedding bag as well: "embedding" (2^18 rows of 16), "small" (2^16 x 32), "large"
+        (2^20 x 32).
       dtype: of the table: "int8", "float16" or "float32".
+      weights: `(N,)` positive, how much each label counts (an integer: as often as that); None for
+        once each.
+      reference: other raw windows of the stream, whose scores drift is measured against, for scores
+        of fitted windows are spread wider than those of new ones; at most 4096 are used. None takes
+        the windows that were held out.
 
     Returns:
       The scorer, with `metadata` of `rank_correlation` (held out), `form` ("linear" or
       "linear+bag"), `preset`, `ridge`, `labels`, `quantization` (the `dtype`, the rank correlation
-      of the unrounded scorer, and that between both) and `reference` (257 quantiles of its scores,
-      levels 0 to 1, over up to 4096 of the windows). `fit_series` says what series scorers have.
+      of the unrounded scorer, and that between both), `reference` (257 quantiles of its scores,
+      levels 0 to 1, of windows that it was not fitted on) and `reference_windows` (how many).
+      `fit_series` says what series scorers have.
 
     Raises:
       ConfigError: `kind`, `preset` or `dtype` is not available, or `vocab_size` is missing.
       WindowError: windows or labels cannot be used; says what was seen.
     """
     if kind == "series":
+        if weights is not None:
+            raise ConfigError("weights are for kind='text'; fit a series scorer without.")
         from metagrad_filter.scorer.fit_series import fit_series
 
-        return fit_series(windows, labels, seed=seed)
+        return fit_series(windows, labels, seed=seed, reference=reference)
     if kind != "text":
         raise ConfigError(f"kind is {kind!r}, expected 'text' or 'series'.")
     if preset not in PRESETS:
@@ -151,14 +172,20 @@ def fit_scorer(
             f"values; expected {len(windows)} finite numbers, one per window."
         )
     count = len(labels)
-    windows, targets = distinct_windows(windows, gaussian_ranks(labels))
+    weights = np.ones(count) if weights is None else np.asarray(weights, np.float64)
+    if weights.shape != (count,) or not (np.isfinite(weights) & (weights > 0)).all():
+        raise WindowError(
+            f"weights have shape {weights.shape}; expected {count} positive finite numbers, one "
+            "per label."
+        )
+    windows, targets, counts = merge_windows(windows, gaussian_ranks(labels, weights), weights)
     if len(windows) < _MINIMUM:
         raise WindowError(
             f"{len(windows)} distinct labelled windows; expected at least {_MINIMUM} to fit and to "
             "judge."
         )
-    bits, width = PRESETS[preset]
-    features = _Features.of(windows, pad_id, bits, seed)
+    bits, width, orders = PRESETS[preset]
+    features = _Features.of(windows, pad_id, bits, seed, orders)
     test = held_out(len(windows), seed)
     rest = np.random.default_rng(seed).permutation(np.setdiff1d(np.arange(len(windows)), test))
     choose, fit = rest[: len(test)], rest[len(test) :]
@@ -168,27 +195,31 @@ def fit_scorer(
             vocab_size,
             seed & 0xFFFFFFFF,
             features.table(np.asarray(weights), bits),
+            orders=orders,
             pad_id=pad_id,
             bias=float(bias),
         )
 
     candidates = []
-    weights = jnp.zeros(features.count)
+    solution = jnp.zeros(features.count)
     for ridge in _RIDGE:
-        weights, bias = _ridge(features.take(fit), jnp.asarray(targets[fit]), weights, ridge)
-        predicted = _predict(features.take(choose), weights) + bias
-        candidates.append((rank_correlation(predicted, targets[choose]), ridge, weights, bias))
-    chosen, ridge, weights, bias = max(candidates, key=lambda c: c[0])
+        solution, bias = _ridge(
+            features.take(fit), jnp.asarray(targets[fit]), solution, ridge, jnp.asarray(counts[fit])
+        )
+        predicted = _predict(features.take(choose), solution) + bias
+        candidates.append((rank_correlation(predicted, targets[choose]), ridge, solution, bias))
+    chosen, ridge, solution, bias = max(candidates, key=lambda c: c[0])
 
     bag = None
     if width > 1:
-        start = linear(weights, bias)
-        bag = _fit_bag(start, features, windows, targets, fit, choose, chosen, width, seed)
+        start = linear(solution, bias)
+        bag = _fit_bag(start, features, windows, targets, counts, fit, choose, chosen, width, seed)
     if bag is not None:
         scorer, form = bag, "linear+bag"
     else:
         # The choosing windows have done their work, so the linear solution may have them too.
-        scorer = linear(*_ridge(features.take(rest), jnp.asarray(targets[rest]), weights, ridge))
+        whole = (features.take(rest), jnp.asarray(targets[rest]), solution, ridge)
+        scorer = linear(*_ridge(*whole, jnp.asarray(counts[rest])))
         form = "linear"
     exact = scorer
     scorer = exact.quantized(dtype, frequencies=features.frequencies(rest, bits))
@@ -204,23 +235,26 @@ def fit_scorer(
             "rank_correlation_float32": rank_correlation(exact_scores, targets[test]),
             "rank_correlation_with_float32": rank_correlation(scores, exact_scores),
         },
-        "reference": reference_quantiles(scorer.score(reference_windows(windows))),
+        **reference_of(scorer, windows[test] if reference is None else reference),
     }
     return replace(scorer, metadata=metadata)
 
 
-def reference_windows(windows: np.ndarray) -> np.ndarray:
-    """Returns up to 4096 of `(N, ...)` windows, evenly spaced."""
-    return windows[:: -(-len(windows) // _REFERENCE_WINDOWS)]
+def reference_of(scorer: Scorer | SeriesScorer, windows: np.ndarray) -> dict[str, Any]:
+    """What later scores are compared with, by the filter's threshold and the drift monitor.
 
+    Args:
+      scorer: a fitted scorer.
+      windows: `(N, ...)` that it was not fitted on; up to 4096, evenly spaced, are scored.
 
-def reference_quantiles(scores: np.ndarray) -> list[float]:
-    """Returns 257 quantiles of scores at levels 0, 1/256, ..., 1, each a float32 value.
-
-    The filter's threshold and the drift monitor compare later scores with them.
+    Returns:
+      `reference`: 257 quantiles of their scores at levels 0, 1/256, ..., 1, each a float32 value;
+      `reference_windows`: how many were scored.
     """
+    chosen = windows[:: -(-len(windows) // _REFERENCE_WINDOWS)]
     levels = np.linspace(0, 1, _REFERENCE_QUANTILES)
-    return np.quantile(scores, levels).astype(np.float32).astype(float).tolist()
+    found = np.quantile(scorer.score(chosen), levels).astype(np.float32).astype(float).tolist()
+    return {"reference": found, "reference_windows": len(chosen)}
 
 
 def distinct_windows(windows: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -228,12 +262,24 @@ def distinct_windows(windows: np.ndarray, values: np.ndarray) -> tuple[np.ndarra
 
     A window labelled in two rounds must not be fitted with one label and judged with the other.
     """
+    found, means, _ = merge_windows(windows, values, np.ones(len(values)))
+    return found, means
+
+
+def merge_windows(
+    windows: np.ndarray, values: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`distinct_windows` for weighted values: distinct windows, weighted means, sums of weights."""
     rows = windows.reshape(len(windows), -1).view(np.dtype((np.void, windows[0].nbytes)))[:, 0]
     _, first, inverse = np.unique(rows, return_index=True, return_inverse=True)
-    sums = np.bincount(inverse, weights=values)
-    means = sums / np.bincount(inverse)
+    counts = np.bincount(inverse, weights=weights)
+    means = np.bincount(inverse, weights=weights * values) / counts
     order = np.argsort(first)
-    return windows[first[order]], means[order].astype(np.float32)
+    return (
+        windows[first[order]],
+        means[order].astype(np.float32),
+        counts[order].astype(np.float32),
+    )
 
 
 def held_out(count: int, seed: int) -> np.ndarray:
@@ -255,9 +301,11 @@ class _Features(NamedTuple):
     grams: int  # n-grams of a full window
 
     @classmethod
-    def of(cls, windows: np.ndarray, pad_id: int | None, bits: int, seed: int) -> _Features:
-        hashed = ngram_rows(windows, bits=bits, hash_seed=seed & 0xFFFFFFFF)
-        present = present_ngrams(windows, pad_id)
+    def of(
+        cls, windows: np.ndarray, pad_id: int | None, bits: int, seed: int, orders: int
+    ) -> _Features:
+        hashed = ngram_rows(windows, bits=bits, hash_seed=seed & 0xFFFFFFFF, orders=orders)
+        present = present_ngrams(windows, pad_id, orders=orders)
         rows, columns = np.unique(hashed, return_inverse=True)
         columns = columns.reshape(hashed.shape).astype(np.int32)
         ordered = np.sort(np.where(present, columns, -1), axis=1)
@@ -299,21 +347,25 @@ def _predict(matrix: tuple[jax.Array, jax.Array], weights: jax.Array) -> jax.Arr
 
 
 @jax.jit
-def _ridge(matrix, targets, start, ridge) -> tuple[jax.Array, jax.Array]:
-    """Minimises `|X w + b - y|^2 + ridge |w|^2` from `start`; b is the mean residual."""
+def _ridge(matrix, targets, start, ridge, counts) -> tuple[jax.Array, jax.Array]:
+    """Minimises `sum counts (X w + b - y)^2 + ridge |w|^2` from `start`; b is the mean residual."""
     columns, values = matrix
+    total = jnp.sum(counts)
+
+    def mean(x):
+        return jnp.sum(counts * x) / total
 
     def transpose(residual):
-        return jnp.zeros_like(start).at[columns].add(values * residual[:, None])
+        return jnp.zeros_like(start).at[columns].add(values * (counts * residual)[:, None])
 
     def center(x):
-        return x - x.mean()
+        return x - mean(x)
 
     def normal(weights):
         return transpose(center(_predict(matrix, weights))) + ridge * weights
 
     weights, _ = cg(normal, transpose(center(targets)), x0=start, tol=1e-3, maxiter=80)
-    return weights, jnp.mean(targets - _predict(matrix, weights))
+    return weights, mean(targets - _predict(matrix, weights))
 
 
 class _Bag(nnx.Module):
@@ -338,6 +390,7 @@ def _fit_bag(
     features: _Features,
     windows: np.ndarray,
     targets: np.ndarray,
+    counts: np.ndarray,
     fit: np.ndarray,
     choose: np.ndarray,
     chosen: float,
@@ -356,7 +409,7 @@ def _fit_bag(
     position = np.full(features.count, -1)
     position[common] = np.arange(len(common))
     rows = position[features.columns].astype(np.int32)
-    present = present_ngrams(windows, scorer.pad_id)
+    present = present_ngrams(windows, scorer.pad_id, orders=scorer.orders)
     weight = present / np.maximum(present.sum(axis=1, keepdims=True), 1) * (rows >= 0)
     rows, weight = np.maximum(rows, 0), weight.astype(np.float32)
     graph, state = nnx.split(_Bag(len(common), width - 1, rngs=nnx.Rngs(seed)), nnx.Param)
@@ -368,7 +421,7 @@ def _fit_bag(
     best: tuple[float, Scorer] | None = None
     for _ in range(_BAG_EPOCHS):
         order = rng.permutation(fit)[: len(fit) // size * size].reshape(-1, size)
-        batch = (rows[order], weight[order], residual[order])
+        batch = (rows[order], weight[order], residual[order], counts[order])
         params, opt_state = epoch(params, opt_state, batch)
         deeper = _with_bag(scorer, features.rows[common], params)
         found = rank_correlation(deeper.score(windows[choose]), targets[choose])
@@ -399,8 +452,8 @@ def _with_bag(scorer: Scorer, rows: np.ndarray, params: dict[str, Any]) -> Score
 @functools.partial(jax.jit, static_argnames="graph")
 def _bag_epoch(params, opt_state, batches, *, graph):
     def objective(params, batch):
-        rows, weight, residual = batch
-        return jnp.mean((nnx.merge(graph, params)(rows, weight) - residual) ** 2)
+        rows, weight, residual, counts = batch
+        return jnp.mean(counts * (nnx.merge(graph, params)(rows, weight) - residual) ** 2)
 
     def step(carry, batch):
         params, opt_state = carry

@@ -29,8 +29,7 @@ from metagrad_filter.labels import gaussian_ranks
 from metagrad_filter.scorer.fit import (
     distinct_windows,
     held_out,
-    reference_quantiles,
-    reference_windows,
+    reference_of,
 )
 from metagrad_filter.scorer.series import SeriesScorer
 from metagrad_filter.statistics import rank_correlation
@@ -48,6 +47,7 @@ def fit_series(
     labels: np.ndarray,
     *,
     seed: int = 0,
+    reference: np.ndarray | None = None,
     deeper: bool = True,
 ) -> SeriesScorer:
     """Fits a scorer that ranks time series windows as their labels do.
@@ -60,11 +60,12 @@ def fit_series(
       windows: `(N, T, C)` float32, N >= 50; NaN and inf count as missing.
       labels: `(N,)` scores, higher is better.
       seed: of the split and the network.
+      reference: other raw windows, as for `fit_scorer`.
       deeper: whether to try the network.
 
     Returns:
       `SeriesScorer` with `metadata` of `rank_correlation` (held out), `ridge`, `form` ("linear" or
-      "linear+mlp"), `labels`, and `reference`: 257 quantiles of its scores, levels 0 to 1.
+      "linear+mlp"), `labels`, and `reference` and `reference_windows` as of `fit_scorer`.
 
     Raises:
       WindowError: windows or labels cannot be used; says what was seen.
@@ -111,7 +112,7 @@ def fit_series(
         "ridge": ridge,
         "labels": len(labels),
         "rank_correlation": rank_correlation(scorer.score(windows[test]), targets[test]),
-        "reference": reference_quantiles(scorer.score(reference_windows(windows))),
+        **reference_of(scorer, windows[test] if reference is None else reference),
     }
     return replace(scorer, metadata=metadata)
 

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 from example_run import make_run
+from real_run import real_run
 
+from metagrad_filter.monitor.examples import Examples
 from metagrad_filter.monitor.page import report_html
 from metagrad_filter.monitor.view import run_view
 
@@ -22,6 +24,7 @@ if BROWSER is None:
     pytest.skip("no Chromium is installed", allow_module_level=True)
 assert BROWSER is not None
 
+CHARTS = 11
 EVIL = (
     "</script><script>document.title='broken'</script><img src=x onerror=document.title='broken'>"
 )
@@ -36,6 +39,11 @@ def dump(address: str, profile: Path, *, dark: bool = False, milliseconds: int =
             "--headless",
             "--no-sandbox",
             "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
             "--allow-file-access-from-files",
             "--enable-logging=stderr",
             f"--blink-settings=preferredColorScheme={0 if dark else 1}",
@@ -66,11 +74,49 @@ def write(path: Path, view) -> str:
 @pytest.mark.parametrize("dark", [False, True])
 def test_every_chart_and_table_is_drawn_without_a_word(view, tmp_path, dark):
     text = dump(write(tmp_path / "report.html", view), tmp_path / "profile", dark=dark)
-    assert re.search(r"<h1>Version 2 is acting; 25.0% of 196,608 windows kept so far", text)
-    assert text.count("<canvas") == 7
-    assert len(re.findall(r'role="img" aria-label="[^"]{20,}"', text)) == 7
-    assert "▲ drift" in text and "✗ unreliable: split-half" in text
-    assert "hard top-k: +0.0214 ± 0.0052 ✓ chosen" in text
+    assert "<h1>Version 2 is acting; 25.0% of 196,608 windows kept so far. 1 alarm stands." in text
+    assert text.count("<canvas") == CHARTS
+    assert len(re.findall(r'class="plot" role="img" aria-label="[^"]{20,}"', text)) == CHARTS
+    assert "▲ drift" in text and "✗ Not published: the two halves" in text
+    assert "unreliable: split-half correlation 0.31" in text
+    for part in (
+        "hard top-k: +0.0214 ± 0.0052 ✓ chosen",
+        "hard top-k: +0.0214 ± 0.0052 ✗ starves books (20.0% to 0.1%)",
+        "version 1 as it runs: +0.0110 ± 0.0040",
+        "Since block 383: The scores' distribution differs",
+        "0.600 (0.550 to 0.650), version 2",
+        "0.710 (0.600 to 0.800)",
+        "cluster 0 (40.0%): label 0.300, effect +0.0102 ± 0.0020",
+        "sign agreement 75%",
+        "of training's gradients: 4.5k of 49.2k",
+    ):
+        assert part in text, part
+
+
+def test_examples_are_drawn_as_text_and_as_lines(view, tmp_path):
+    shown = json.loads(json.dumps(view))
+    wave = [[0.0, 1.0, 0.5], [1e6, 2e6, -1e6]]
+    shown["examples"] = {
+        "version": 2, "origin": "labelled in round 2", "windows": 3,
+        "high": [{"score": 1.5, "share": 1.0, "text": EVIL + "\n" + "x" * 2000}],
+        "low": [{"score": -1.5, "share": 0.0, "series": wave, "length": 3}],
+    }  # fmt: skip
+    text = dump(write(tmp_path / "report.html", shown), tmp_path / "profile")
+    assert "<img" not in text
+    assert "x" * 1800 in text
+    assert len(re.findall(r"<polyline points=", text)) == 2
+    assert 'aria-label="channel 1, from -1M to 2M"' in text
+    shown["examples"] = {"missing": "no version is published yet", "high": [], "low": []}
+    text = dump(write(tmp_path / "report.html", shown), tmp_path / "profile")
+    assert "There are no windows to show: no version is published yet." in text
+
+
+def test_a_run_of_the_product_itself_is_drawn(tmp_path):
+    run_dir = real_run(tmp_path / "run", blocks=128)
+    shown = run_view(run_dir, examples=Examples(run_dir, 2))
+    text = dump(write(tmp_path / "report.html", shown), tmp_path / "profile", dark=True)
+    assert "Version 3 has fallen back to a uniform choice" in text
+    assert "fallback: held-out loss 3.91" in text and "Windows with the lowest scores" in text
 
 
 def test_an_empty_run_says_what_to_do(tmp_path):
@@ -78,13 +124,18 @@ def test_an_empty_run_says_what_to_do(tmp_path):
     run_dir.mkdir()
     text = dump(write(tmp_path / "report.html", run_view(run_dir)), tmp_path / "profile")
     assert "No filter has run yet." in text and "<canvas" not in text
+    shown = text.partition("<script")[0]
+    assert "no drift monitor has run" in shown and "none stands" not in shown
     for part in ("iterate the filtered dataset", "Run a calibration round", "takes minutes"):
         assert part in text
 
 
 def test_hostile_text_is_shown_and_does_nothing(view, tmp_path):
     evil = json.loads(json.dumps(view))
-    evil["rounds"][2]["reason"] = evil["run"] = EVIL
+    evil["rounds"][2]["reason"] = evil["run"] = evil["versions"][0]["fallback"] = EVIL
+    evil["rounds"][2]["verdict"] = evil["checks"][0]["kind"] = EVIL
+    evil["checks"][0]["classes"][0]["name"] = EVIL
+    evil["filters"]["train"]["alarms"]["standing"][0]["text"] = EVIL
     groups = evil["filters"]["train"]["groups"]
     groups[EVIL] = groups.pop("source")
     groups[EVIL][0]["label"] = EVIL
@@ -106,7 +157,7 @@ def test_the_page_fits_its_screen(view, tmp_path, width):
     found = re.search(r"<title>(\d+)/(\d+)/(\d+)</title>", text)
     assert found is not None
     scroll, client, charts = map(int, found.groups())
-    assert scroll <= client <= width and charts == 7
+    assert scroll <= client <= width and charts == CHARTS
 
 
 # Serves the page in a frame, beside an image that takes three seconds: a browser that dumps a
