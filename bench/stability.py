@@ -53,7 +53,7 @@ def measure() -> dict[str, Any]:
     target = HeldOutLoss(parts.target)
     live = config.learning_rate
     arms = {
-        "annealed": (config, [live, live * config.calibration.learning_rate_scale]),
+        "annealed": (config, [live, live * config.calibration.learning_rate_scales[0]]),
         "stable": (replace(config, learning_rate=STABLE_RATE), [4e-3, 1e-3, 4e-4]),
     }
     record: dict[str, Any] = {

@@ -6,7 +6,8 @@ Worlds, all of windows of 65 tokens of a byte-level BPE of 1,024:
   PubMed.
 * `on_target`: the PubMed windows of that stream alone, from the mixture's base. Stream, target and
   report come from one source, so there is nothing to tell apart: most filters lose to random here.
-* `pool`: PubMed of 2021 alone, and the base has been trained on nothing else either.
+* `pool`: PubMed of 2021 alone, and the base has been trained on nothing else either. The target is
+  as large as the stream allows, for a small one is learnt by heart.
 * `dirty`: a longer stream of 40 % PubMed of 2021, 20 % BBC news and 40 % shuffled PubMed.
 
 A base (2 layers, 64 wide) is trained on raw windows that occur nowhere else, once for each kind and
@@ -55,6 +56,7 @@ from metagrad_filter.types import PyTree
 LENGTH, VOCAB, BATCH = 65, 1024, 64
 PEAK, LIVE = 4e-3, 3e-4
 BASE_STEPS = 3000
+TARGET = 32_768  # windows of the target in `pool`
 _MEMBER = "data/pubmed21n1298.xml.gz"
 _MEMBER_SHA256 = "53dda2150dfe6b6db36045b0536b407e3f2f497d7d8ab0e38386eb29be7306cb"
 _HELD_OUT_SHARE = 0.1
@@ -118,16 +120,7 @@ def on_target() -> BenchWorld:
 
 def pool(*, stream_windows: int = 14_720) -> BenchWorld:
     """PubMed abstracts of 2021 alone, split by abstract."""
-    path = default_cache_dir() / f"pubmed-2021-{LENGTH}-{VOCAB}.safetensors"
-    if not path.exists():
-        rng = np.random.default_rng(0)
-        abstracts = _abstracts(rng)
-        aside, tokenizer = _aside(abstracts), _tokenizer(abstracts)
-        held_out, _ = cut_windows(abstracts[:aside], tokenizer, length=LENGTH)
-        windows, _ = cut_windows(abstracts[aside:], tokenizer, length=LENGTH)
-        windows = windows[rng.permutation(len(windows))]
-        _save(path, {"held_out": held_out, "windows": windows})
-    arrays = load_file(path)
+    arrays = load_file(_pubmed_2021())
     windows, held = arrays["windows"], arrays["held_out"]
     base = 32_000
     stream = base + stream_windows
@@ -136,8 +129,8 @@ def pool(*, stream_windows: int = 14_720) -> BenchWorld:
         base=windows[:base],
         stream=windows[base:stream],
         classes=np.zeros(stream_windows, np.int64),
-        label_pool=windows[stream:],
-        target=held[:2048],
+        label_pool=windows[stream:-TARGET],
+        target=windows[-TARGET:],
         gate=held[2048:5120],
         report=held[5120:9216],
     )
@@ -154,8 +147,8 @@ def dirty() -> BenchWorld:
         )
         abstracts = _abstracts(np.random.default_rng(0))
         news, _ = cut_windows(articles, _tokenizer(abstracts), length=LENGTH)
-        source = pool()
-        good = np.concatenate([source.label_pool, source.stream, source.base])
+        parts = pool()
+        good = np.concatenate([parts.label_pool, parts.target, parts.stream, parts.base])
         count = min(len(news), len(good) // 4)
         rng = np.random.default_rng(3)
         broken = rng.permuted(good[2 * count : 4 * count], axis=1)
@@ -163,7 +156,8 @@ def dirty() -> BenchWorld:
         classes = np.repeat(np.arange(3, dtype=np.int32), [2 * count, count, 2 * count])
         order = rng.permutation(len(windows))
         _save(path, {"windows": windows[order], "classes": classes[order]})
-    arrays, held = load_file(path), pool()
+    arrays = load_file(path)
+    held = load_file(_pubmed_2021())["held_out"]
     windows, base = arrays["windows"], 16_384
     return BenchWorld(
         "dirty",
@@ -171,9 +165,9 @@ def dirty() -> BenchWorld:
         stream=windows[base:],
         classes=arrays["classes"][base:].astype(np.int64),
         label_pool=windows[base:],
-        target=held.target[:1024],
-        gate=held.gate[:2048],
-        report=held.report[:4096],
+        target=held[:1024],
+        gate=held[2048:4096],
+        report=held[5120:9216],
     )
 
 
@@ -214,7 +208,8 @@ def base_proxy(world: BenchWorld, kind: str = "annealed", *, steps: int = BASE_S
             part = slice(start, start + 1000)
             state = train(loss, factory, rates[part], _restarted(state), batches[part])
         _save(path, {str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))})
-    return Proxy(loss, *state, factory, float(rates[-1]) if kind == "stable" else LIVE)
+    params, opt_state = state
+    return Proxy(loss, params, opt_state, factory, float(rates[-1]) if kind == "stable" else LIVE)
 
 
 def _restarted(state: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
@@ -227,6 +222,20 @@ def _restarted(state: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
         for part in opt_state
     ]
     return params, tuple(schedule)
+
+
+def _pubmed_2021() -> Path:
+    """The windows of all abstracts of 2021, cut once; a tenth of the abstracts is held out."""
+    path = default_cache_dir() / f"pubmed-2021-{LENGTH}-{VOCAB}.safetensors"
+    if not path.exists():
+        rng = np.random.default_rng(0)
+        abstracts = _abstracts(rng)
+        aside, tokenizer = _aside(abstracts), _tokenizer(abstracts)
+        held_out, _ = cut_windows(abstracts[:aside], tokenizer, length=LENGTH)
+        windows, _ = cut_windows(abstracts[aside:], tokenizer, length=LENGTH)
+        windows = windows[rng.permutation(len(windows))]
+        _save(path, {"held_out": held_out, "windows": windows})
+    return path
 
 
 def _abstracts(rng: np.random.Generator) -> list[str]:
@@ -273,18 +282,21 @@ def sweep_probes(
     seed: int = 2,
     windows: np.ndarray | None = None,
 ) -> list[PyTree]:
-    """Mean probe of each half of the trajectories on raw windows (the label pool by default)."""
+    """Mean probe of each half of the trajectories on raw windows (the label pool by default).
+
+    The halves are measured on different halves of the target.
+    """
     raw = world.label_pool if windows is None else windows
     optimizer = proxy.transformation(proxy.learning_rate * scale)
     start = warm_state(optimizer, proxy.params, proxy.opt_state)
-    outer = target_of(world).outer(proxy.loss)
+    outers = target_of(world).halves(proxy.loss)
     rng = np.random.default_rng(seed)
     halves: list[list[PyTree]] = [[], []]
     for i in range(trajectories):
         index = passes(rng, len(raw), horizon * BATCH)
         batches = raw[index].reshape(horizon, BATCH, -1)
         found = mgf.metagradients(
-            proxy.loss, outer, proxy.params, start, batches, optimizer=optimizer
+            proxy.loss, outers[i % 2], proxy.params, start, batches, optimizer=optimizer
         )
         halves[i % 2].append(found.probe)
         say(f"  trajectory {i + 1} of {trajectories}")
@@ -307,10 +319,10 @@ def labelled(
     seed: int = 2,
 ) -> np.ndarray:
     """`(2, N)` probe scores of windows by the two halves of a round; cached."""
-    key = hashlib.sha256(windows.tobytes() + world.label_pool.tobytes())
+    key = hashlib.sha256(windows.tobytes() + world.label_pool.tobytes() + world.target.tobytes())
     for leaf in jax.tree.leaves(proxy.params):
         key.update(np.asarray(leaf).tobytes())
-    key.update(repr((horizon, trajectories, scale, seed, proxy.learning_rate)).encode())
+    key.update(repr(("halves", horizon, trajectories, scale, seed, proxy.learning_rate)).encode())
     path = default_cache_dir() / f"labels-{world.name}-{key.hexdigest()[:16]}.safetensors"
     if not path.exists():
         options = {"horizon": horizon, "trajectories": trajectories, "scale": scale, "seed": seed}

@@ -35,6 +35,7 @@ _EXPORTS = {
     "warm_moments": "metagrad_filter.calibration.warm",
     "Proxy": "metagrad_filter.proxy",
     "HeldOutLoss": "metagrad_filter.targets",
+    "GuardedTarget": "metagrad_filter.targets",
     # Errors.
     "MetagradFilterError": "metagrad_filter.errors",
     "ConfigError": "metagrad_filter.errors",

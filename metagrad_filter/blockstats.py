@@ -480,7 +480,7 @@ def read_records(run_dir: str | os.PathLike[str] | Store, name: str | None = Non
             for line in data.split(b"\n"):
                 if not line:
                     continue
-                record = _parse(line)
+                record = parse_record(line)
                 if record is None or record["name"] != filter_name:
                     records.damaged += 1
                 else:
@@ -574,7 +574,7 @@ def _label(value: Any) -> str:
     return str(value)[:_LABEL_LENGTH]
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def parse_record(line: bytes) -> dict[str, Any] | None:
     """Returns the record of a line, or None when it is none."""
     try:
         record = json.loads(line)

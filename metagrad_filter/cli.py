@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich import box
@@ -31,6 +31,9 @@ from rich.table import Table
 from rich.text import Text
 
 from metagrad_filter.errors import ConfigError, MetagradFilterError
+
+if TYPE_CHECKING:
+    from metagrad_filter.calibration.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ class Doctor:
                 else:
                     rows = examine(
                         own.proxy,
-                        own.target,
+                        own.target.parts["target"],
                         own.source,
                         own.config,
                         subsets=self.subsets,
@@ -174,6 +177,9 @@ class Calibrate:
     """A TOML file; see --example."""
     watch: bool = False
     """Go on with rounds, and wait for another process that calibrates this run directory."""
+    check: Literal["tilt", "lds"] | None = None
+    """Run no round; ask training whether labels are right, by mixtures tilted towards clusters of
+    windows or by random halves, and print it beside the labels' reliability."""
     example: bool = False
     """Print an example of a settings file and do nothing else."""
     json: bool = False
@@ -191,6 +197,10 @@ class Calibrate:
         if self.settings is None:
             raise ConfigError("a settings file is missing; name one, or see --example.")
         settings = Settings.load(self.settings)
+        if self.check is not None:
+            if self.watch:
+                raise ConfigError("--check runs no rounds; give it without --watch.")
+            return self._checked(settings, self.check, console)
         with _progress(console) as progress:
             rounds = watch(
                 settings,
@@ -199,6 +209,23 @@ class Calibrate:
                 progress=progress,
             )
         return {"rounds": rounds}
+
+    def _checked(
+        self, settings: Settings, kind: Literal["tilt", "lds"], console: Console
+    ) -> dict[str, Any]:
+        settings.worker.apply()
+        calibrator = settings.calibrator()
+        calibrator.observe()
+        with _progress(console) as progress:
+            calibrator.progress = progress
+            found = calibrator.check(kind)
+        console.print(str(found), markup=False, highlight=False)
+        if found.classes:
+            table = Table("class", "share", "mean label", "effect", "standard error")
+            for entry in found.classes:
+                table.add_row(*(_cell(value) for value in entry.values()))
+            console.print(table)
+        return found.to_json()
 
 
 @dataclass(frozen=True)
@@ -209,13 +236,21 @@ class Report:
     """The directory that the filter and the calibrator share."""
     out: Path = Path("report.html")
     """File to write."""
+    examples: int = 0
+    """Windows of the stream to show at each end of the score; they may be private, so none by
+    default."""
+    tokenizer: str | None = None
+    """Decodes the examples: a tokenizer.json, a folder that holds one, or a model's name in this
+    machine's cache. Without it token ids are shown."""
     json: bool = False
     """Print what the page shows as JSON as well."""
 
     def run(self, console: Console) -> dict[str, Any]:
         from metagrad_filter.monitor.page import write_run_report
 
-        path, view = write_run_report(self.run_dir, self.out)
+        path, view = write_run_report(
+            self.run_dir, self.out, examples=self.examples, tokenizer=self.tokenizer
+        )
         console.print(f"see {path}")
         return view
 
@@ -230,13 +265,28 @@ class Monitor:
     """Address to listen on; there is no password, so other addresses show the run to others."""
     port: int = 8377
     """TCP port; 0 for any free one."""
+    metrics_port: int | None = None
+    """Port on which Prometheus is answered as well; 0 for any free one. The page's own port answers
+    /metrics in any case."""
+    examples: int = 0
+    """Windows of the stream to show at each end of the score; they may be private, so none by
+    default, and on 127.0.0.1 only."""
+    tokenizer: str | None = None
+    """Decodes the examples; as for report."""
     json: bool = False
     """Print an empty JSON object at the end."""
 
     def run(self, console: Console) -> dict[str, Any]:
         from metagrad_filter.monitor.server import serve
 
-        serve(self.run_dir, self.host, self.port)
+        serve(
+            self.run_dir,
+            self.host,
+            self.port,
+            metrics_port=self.metrics_port,
+            examples=self.examples,
+            tokenizer=self.tokenizer,
+        )
         return {}
 
 

@@ -13,6 +13,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import norm, rankdata
@@ -24,14 +25,21 @@ from metagrad_filter.statistics import rank_correlation
 _FILE = re.compile(r"round-(\d{6})\.npz")
 
 
-def gaussian_ranks(scores: np.ndarray) -> np.ndarray:
+def gaussian_ranks(scores: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """Normal quantiles of the ranks of `(N,)` scores: `(N,)` float32, ties share their mean rank.
+
+    A weight counts how often a score is there: integer weights rank as repetitions would.
 
     Example:
       >>> gaussian_ranks(np.array([5.0, -1.0, 1000.0])).round(2).tolist()
       [0.0, -0.97, 0.97]
     """
-    return norm.ppf((rankdata(scores) - 0.5) / max(len(scores), 1)).astype(np.float32)
+    if weights is None:
+        return norm.ppf((rankdata(scores) - 0.5) / max(len(scores), 1)).astype(np.float32)
+    _, inverse = np.unique(scores, return_inverse=True)
+    held = np.bincount(inverse, weights=weights)
+    below = np.cumsum(held) - held
+    return norm.ppf((below + held / 2)[inverse] / held.sum()).astype(np.float32)
 
 
 def split_half_reliability(halves: np.ndarray) -> float:
@@ -49,13 +57,17 @@ class RoundLabels:
 
     Attributes:
       windows: `(N, T)` int32 or `(N, T, C)` float32.
-      halves: `(2, N)` float32 raw probe scores of two disjoint sets of trajectories.
-      target: identifies the outer metric; labels of different targets are never pooled.
+      halves: `(2, N)` float32 raw scores of two independent measurements, such as the probes of
+        two disjoint sets of trajectories; twice the same where the estimator has no randomness.
+      target: identifies the outer metric and the estimator; labels that differ in it are never
+        pooled.
+      norms: `(N,)` float32 gradient norms that the scores were divided by, or None.
     """
 
     windows: np.ndarray
     halves: np.ndarray
     target: str = ""
+    norms: np.ndarray | None = None
 
     @property
     def values(self) -> np.ndarray:
@@ -65,6 +77,20 @@ class RoundLabels:
     @property
     def reliability(self) -> float:
         return split_half_reliability(self.halves)
+
+
+class PooledLabels(NamedTuple):
+    """Labels of several rounds, one after the other.
+
+    Attributes:
+      windows: `(N, ...)`.
+      values: `(N,)` float32 labels.
+      weights: `(N,)` float32 in (0, 1], by the age of their round.
+    """
+
+    windows: np.ndarray
+    values: np.ndarray
+    weights: np.ndarray
 
 
 class LabelStore:
@@ -88,12 +114,10 @@ class LabelStore:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
-        np.savez(
-            buffer,
-            windows=labels.windows,
-            halves=labels.halves,
-            target=np.array(labels.target),
-        )
+        arrays: dict[str, Any] = {"windows": labels.windows, "halves": labels.halves}
+        if labels.norms is not None:
+            arrays["norms"] = labels.norms
+        np.savez(buffer, **arrays, target=np.array(labels.target))
         if not write_once(self._path(round_number), buffer.getvalue()):
             raise DataError(
                 f"labels of round {round_number} are already stored in {self.folder}; rounds are "
@@ -116,19 +140,26 @@ class LabelStore:
         path = self._path(round_number)
         try:
             with np.load(path, allow_pickle=False) as data:
-                return RoundLabels(data["windows"], data["halves"], str(data["target"]))
+                norms = data.get("norms")
+                return RoundLabels(data["windows"], data["halves"], str(data["target"]), norms)
         except Exception as error:  # numpy and zipfile raise a dozen types on damaged bytes
             raise DataError(
                 f"labels of round {round_number} cannot be read from {path}: {error}; move the "
                 "file away, later rounds do without it."
             ) from error
 
-    def pooled(self, recent: int, target: str = "") -> tuple[np.ndarray, np.ndarray]:
-        """Windows and labels of the last `recent` rounds of a target, concatenated.
+    def pooled(self, recent: int, target: str = "", *, decay: float = 1.0) -> PooledLabels:
+        """Windows, labels and weights of the last `recent` rounds of a target, concatenated.
 
         Labels are rank-normalised within their round first, so rounds at different scales mix. A
         window labelled in several rounds occurs several times; the fit averages its labels. A
         damaged round is left out with a warning, for a fit on fewer labels beats none.
+
+        Args:
+          recent: rounds, the newest ones.
+          target: as in `RoundLabels`.
+          decay: weight of a round's labels against those of the round after it, in (0, 1]; the
+            newest have 1. The model that the older ones measured is no longer there.
 
         Raises:
           DataError: no readable round has this target.
@@ -148,10 +179,12 @@ class LabelStore:
             raise DataError(
                 f"{self.folder} holds no readable labels of this target; run a calibration round."
             )
+        ages = np.arange(len(found))[::-1]
         found.reverse()
-        return (
+        return PooledLabels(
             np.concatenate([labels.windows for labels in found]),
             np.concatenate([labels.values for labels in found]),
+            np.repeat(decay**ages, [len(labels.windows) for labels in found]).astype(np.float32),
         )
 
     def _path(self, round_number: int) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +56,21 @@ class HeldOutLoss:
         self.batch_size = batch_size
         self._metrics: dict[tuple[str, Loss], Callable[[PyTree], jax.Array]] = {}
 
+    @property
+    def parts(self) -> dict[str, HeldOutLoss]:
+        """What is measured, by name; here this one as "target"."""
+        return {"target": self}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each part in the labels."""
+        return {"target": 1.0}
+
+    @property
+    def held_out(self) -> tuple[HeldOutLoss, ...]:
+        """All that is evaluated anywhere, the target first."""
+        return (self,)
+
     def outer(self, loss: Loss) -> Callable[[PyTree], jax.Array]:
         """`Phi(params)`: mean loss over the target part. The same object for the same loss."""
         return self._metric("target", loss, self.target_windows)
@@ -62,14 +79,124 @@ class HeldOutLoss:
         """Mean loss over the gate part."""
         return self._metric("gate", loss, self.gate_windows)
 
-    def _metric(self, part: str, loss: Loss, windows: np.ndarray):
+    def guard_metrics(self, loss: Loss) -> dict[str, Callable[[PyTree], jax.Array]]:
+        """What may not get worse at the gate, by name; here nothing."""
+        del loss
+        return {}
+
+    def halves(self, loss: Loss) -> tuple[Callable[[PyTree], jax.Array], ...]:
+        """Two independent estimates of `outer`, on the first and the second half of its windows.
+
+        Their mean is exactly `outer`, in uneven halves too. A single window makes both the same.
+        """
+        count = len(self.target_windows)
+        if count < 2:
+            return self.outer(loss), self.outer(loss)
+        cut = count // 2
+        return (
+            self._metric("first half", loss, self.target_windows[:cut], 2 * cut / count),
+            self._metric("second half", loss, self.target_windows[cut:], 2 - 2 * cut / count),
+        )
+
+    def _metric(self, part: str, loss: Loss, windows: np.ndarray, scale: float = 1.0):
         key = (part, loss)
         if key not in self._metrics:
-            self._metrics[key] = mean_loss(loss, windows, self.batch_size)
+            mean = mean_loss(loss, windows, self.batch_size)
+            self._metrics[key] = mean if scale == 1 else lambda params: scale * mean(params)
         return self._metrics[key]
 
     def __getstate__(self):
         return {**self.__dict__, "_metrics": {}}
+
+
+class GuardedTarget:
+    """A target, and held-out losses that may not get worse on the way.
+
+    A narrow target buys its gain from everything else. Each round measures the metagradients of all
+    parts in one sweep, and a label is the weighted mean of the ranks that the parts give a window.
+    At the gate an arm that makes a guard clearly worse than uniform selection does is not eligible.
+
+    Args:
+      target: what the filter should improve.
+      guards: what may not get worse, by name.
+      weights: of the ranks of "target" and of the guards; 1 for those not named. A guard of weight
+        0 is looked at by the gate only.
+
+    Raises:
+      ConfigError: a guard is called "target" or nothing, a weight is negative or belongs to no
+        part, or the target's own is 0.
+
+    Example:
+      >>> target = GuardedTarget(HeldOutLoss(rare), {"common": HeldOutLoss(common)},
+      ...                        weights={"common": 0.5})                    # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        target: HeldOutLoss,
+        guards: Mapping[str, HeldOutLoss],
+        *,
+        weights: Mapping[str, float] | None = None,
+    ):
+        for name in guards:
+            if not isinstance(name, str) or name in ("", "target"):
+                raise ConfigError(
+                    f"a guard is called {name!r}; expected a name other than 'target'."
+                )
+        self.target = target
+        self.guards = dict(guards)
+        found = {"target": 1.0, **dict.fromkeys(guards, 1.0), **(weights or {})}
+        for name, weight in found.items():
+            if name != "target" and name not in guards:
+                raise ConfigError(
+                    f"weights has {name!r}; expected 'target' or one of {sorted(guards)}."
+                )
+            if not 0 <= weight < math.inf:
+                raise ConfigError(f"the weight of {name!r} is {weight!r}; expected a number >= 0.")
+        if found["target"] == 0:
+            raise ConfigError("the weight of 'target' is 0; expected a positive number.")
+        self._weights = {name: float(weight) for name, weight in found.items()}
+
+    @property
+    def parts(self) -> dict[str, HeldOutLoss]:
+        """Target and guards that have a weight in the labels, by name, the target first."""
+        every = {"target": self.target, **self.guards}
+        return {name: part for name, part in every.items() if self._weights[name]}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each of `parts` in the labels."""
+        return {name: self._weights[name] for name in self.parts}
+
+    @property
+    def held_out(self) -> tuple[HeldOutLoss, ...]:
+        """Target and guards, whatever their weight."""
+        return (self.target, *self.guards.values())
+
+    @property
+    def target_windows(self) -> np.ndarray:
+        """Windows of the target that are differentiated."""
+        return self.target.target_windows
+
+    @property
+    def gate_windows(self) -> np.ndarray:
+        """Windows of the target that the gate judges by."""
+        return self.target.gate_windows
+
+    def outer(self, loss: Loss) -> Callable[[PyTree], jax.Array]:
+        """`Phi(params)` of the target alone."""
+        return self.target.outer(loss)
+
+    def gate_metric(self, loss: Loss) -> Callable[[PyTree], jax.Array]:
+        """Mean loss over the gate part of the target."""
+        return self.target.gate_metric(loss)
+
+    def guard_metrics(self, loss: Loss) -> dict[str, Callable[[PyTree], jax.Array]]:
+        """Mean loss over the gate part of each guard, by name."""
+        return {name: guard.gate_metric(loss) for name, guard in self.guards.items()}
+
+
+Target: TypeAlias = HeldOutLoss | GuardedTarget
 
 
 def mean_loss(loss: Loss, windows: np.ndarray, batch_size: int) -> Callable[[PyTree], jax.Array]:

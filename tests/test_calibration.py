@@ -237,19 +237,14 @@ def test_a_loss_that_tells_no_windows_apart_publishes_nothing(tmp_path):
     json.dumps(report.to_json(), allow_nan=False)
 
 
-def test_without_a_clear_gain_a_first_version_is_rejected_and_a_later_one_is_uniform(
-    after_one_round, tmp_path
-):
+def test_without_a_clear_gain_nothing_is_published(after_one_round, tmp_path):
     never = {"gate_margin": 1e9}
-    report = make_calibrator(tmp_path / "new", config=never).round()
-    assert report.version is None and report.reason.startswith("gate")
-    assert report.gate.chosen == 0 and report.strength is None
-    assert mgf.Registry(tmp_path / "new").latest() is None
-    assert [record["reason"] for record in rejected(tmp_path / "new")] == ["gate"]
-
-    report = make_calibrator(after_one_round, config=never).round()
-    assert report.version == 2 and report.strength == 0
-    assert mgf.Registry(after_one_round).load(2).strength == 0
+    for run_dir, versions in ((tmp_path / "new", []), (after_one_round, [1])):
+        report = make_calibrator(run_dir, config=never).round()
+        assert report.version is None and report.reason.startswith("not-better-than-uniform")
+        assert report.gate.chosen == 0 and report.strength is None
+        assert mgf.Registry(run_dir).versions() == versions
+        assert [r["reason"] for r in rejected(run_dir)] == ["not_better_than_uniform"]
 
 
 def test_a_round_that_is_not_finite_stores_a_reason_and_no_label(after_one_round):

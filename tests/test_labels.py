@@ -49,6 +49,20 @@ def test_gaussian_ranks_are_symmetric_and_ignore_every_monotone_change(scores):
     assert abs(gaussian_ranks(scores).mean()) < 1e-5
 
 
+@given(
+    st.lists(st.tuples(st.integers(-4, 4).map(float), st.integers(1, 5)), min_size=1, max_size=30)
+)
+def test_an_integer_weight_ranks_as_repetitions_do(rows):
+    scores = np.array([score for score, _ in rows])
+    counts = np.array([count for _, count in rows])
+    repeated = gaussian_ranks(np.repeat(scores, counts))
+    firsts = np.cumsum(counts) - counts
+    np.testing.assert_allclose(gaussian_ranks(scores, counts), repeated[firsts], atol=2e-6)
+    np.testing.assert_allclose(
+        gaussian_ranks(scores, np.ones(len(scores))), gaussian_ranks(scores), atol=2e-6
+    )
+
+
 def test_gaussian_ranks_of_nothing_and_of_equals():
     assert gaussian_ranks(np.zeros(0)).shape == (0,)
     np.testing.assert_allclose(gaussian_ranks(np.full(7, 3.0)), np.zeros(7), atol=1e-7)
@@ -134,7 +148,7 @@ def test_a_damaged_file_is_a_data_error(tmp_path, kind):
         store.load(1)
     store.append(2, round_labels(2))
     with pytest.warns(RuntimeWarning, match="round 1"):
-        windows, _ = store.pooled(2)
+        windows = store.pooled(2).windows
     np.testing.assert_array_equal(windows, store.load(2).windows)
 
 
@@ -142,7 +156,7 @@ def test_labels_of_different_targets_are_never_pooled(tmp_path):
     store = LabelStore(tmp_path)
     for number, target in ((1, "a"), (2, "b"), (3, "a")):
         store.append(number, replace(round_labels(number), target=target))
-    windows, _ = store.pooled(3, "a")
+    windows = store.pooled(3, "a").windows
     expected = np.concatenate([store.load(1).windows, store.load(3).windows])
     np.testing.assert_array_equal(windows, expected)
     with pytest.raises(DataError, match="no readable labels"):
@@ -178,9 +192,29 @@ def test_rounds_are_pooled_on_one_scale_in_their_order(tmp_path):
     for number, labels in rounds.items():
         store.append(number, labels)
     assert store.rounds() == [2, 9, 10]
-    windows, values = store.pooled(2)
+    windows, values, weights = store.pooled(2)
+    assert (weights == 1).all()
     np.testing.assert_array_equal(windows, np.concatenate([rounds[9].windows, rounds[10].windows]))
     np.testing.assert_array_equal(values, np.concatenate([rounds[9].values, rounds[10].values]))
     assert len(store.pooled(99)[1]) == 36
     # A round a thousand times larger than another does not outweigh it.
     assert np.sort(values[:12]) == pytest.approx(np.sort(values[12:]))
+
+
+def test_older_rounds_weigh_less_and_the_age_counts_rounds_of_the_target_only(tmp_path):
+    store = LabelStore(tmp_path)
+    for number, (target, count) in enumerate([("a", 3), ("a", 4), ("b", 5), ("a", 2)], start=1):
+        store.append(number, replace(round_labels(number, count), target=target))
+    pooled = store.pooled(3, "a", decay=0.5)
+    assert [len(x) for x in pooled] == [9, 9, 9]
+    np.testing.assert_array_equal(pooled.weights, np.repeat([0.25, 0.5, 1.0], [3, 4, 2]))
+    assert pooled.weights.dtype == np.float32
+    np.testing.assert_array_equal(store.pooled(1, "a", decay=0.5).weights, [1, 1])
+
+
+def test_norms_are_stored_beside_the_scores_they_divided(tmp_path):
+    store, labels = LabelStore(tmp_path), round_labels(1)
+    store.append(1, replace(labels, norms=np.arange(1.0, 13.0, dtype=np.float32)))
+    np.testing.assert_array_equal(store.load(1).norms, np.arange(1.0, 13.0))
+    store.append(2, labels)
+    assert store.load(2).norms is None

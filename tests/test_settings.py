@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from metagrad_filter.calibration.config import CalibrationConfig
 from metagrad_filter.calibration.limits import Limits
+from metagrad_filter.calibration.monitoring import Monitoring
 from metagrad_filter.calibration.settings import Schedule, Settings, example
 from metagrad_filter.errors import ConfigError
 
@@ -24,12 +25,13 @@ def test_the_example_reads_as_the_defaults():
     found = Settings.parse(example())
     assert CalibrationConfig(**found.calibration) == CalibrationConfig()
     assert found.worker == Limits() and found.schedule == Schedule()
+    assert found.monitor == Monitoring()
     assert Settings.parse(HEAD) == Settings("run", "doctor_setups:sound")
 
 
 def test_the_example_names_every_setting():
     text = example()
-    for kind in (CalibrationConfig, Limits, Schedule):
+    for kind in (CalibrationConfig, Limits, Schedule, Monitoring):
         for field in dataclasses.fields(kind):
             assert f"\n{field.name} =" in text or f"\n# {field.name} =" in text, field.name
 
@@ -42,6 +44,7 @@ def test_a_file_sets_what_it_names(tmp_path):
         + "maximum_rise = 1\n"
         + '[worker]\nniceness = 3\nthreads = 2\ndevice = "cpu"\n'
         + "[schedule]\nrounds = 4\npause_seconds = 30\nevery_steps = 100\non_drift = true\n"
+        + '[monitor]\nprometheus_port = 9432\ntriggers = ["psi", "age"]\nmax_age_blocks = 9\n'
     )
     found = Settings.load(path)
     assert found.calibration == {
@@ -52,6 +55,7 @@ def test_a_file_sets_what_it_names(tmp_path):
     }
     assert found.worker == Limits(3, 2, "cpu")
     assert found.schedule == Schedule(4, 30.0, 100, True)
+    assert found.monitor == Monitoring(9432, triggers=("psi", "age"), max_age_blocks=9)
 
 
 @given(
@@ -102,6 +106,11 @@ def test_whatever_is_valid_is_read_as_it_was_written(values):
         (HEAD + "[schedule]\nevery_steps = 0", "every_steps=0"),
         (HEAD + "[schedule]\npause_seconds = -1", "pause_seconds=-1"),
         (HEAD + "[schedule]\npause_seconds = nan", "pause_seconds=nan"),
+        (HEAD + "[schedule]\nmost_failures = 0", "most_failures=0; expected a positive integer"),
+        (HEAD + "[monitor]\nleevl = 0.01", r"\[monitor\] leevl is no setting; did you mean level"),
+        (HEAD + "[monitor]\nlevel = 0.5", r"level is 0.5, expected a number in \[1e-06, 0.1\]"),
+        (HEAD + '[monitor]\ntriggers = ["moon"]', "triggers holds 'moon'; expected some of"),
+        (HEAD + "[monitor]\nprometheus_port = -1", "prometheus_port=-1; expected a port"),
         (HEAD + "[schedule]\non_drift = 1", "on_drift is 1, an integer; expected true or false"),
     ],
 )

@@ -95,3 +95,61 @@ def test_errors_name_the_value(changes, error, message):
     arguments = {"windows": WINDOWS} | changes
     with pytest.raises(error, match=message):
         mgf.HeldOutLoss(**arguments)
+
+
+# Halves, guards.
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 9, 23])
+def test_the_mean_of_the_halves_is_the_outer_metric(count):
+    target = mgf.HeldOutLoss(WINDOWS[:count], gate_share=1 / count, batch_size=2)
+    assert len(target.target_windows) == count - 1
+    first, second = target.halves(loss)
+    np.testing.assert_allclose(
+        (first(PARAMS) + second(PARAMS)) / 2, target.outer(loss)(PARAMS), rtol=1e-6
+    )
+    if count > 2:
+        assert float(first(PARAMS)) != float(second(PARAMS))
+    assert target.halves(loss) == (first, second)  # the same objects: nothing compiles twice
+
+
+def guarded(**weights):
+    parts = {name: mgf.HeldOutLoss(WINDOWS[i : i + 6]) for i, name in enumerate(("a", "b"), 1)}
+    return mgf.GuardedTarget(mgf.HeldOutLoss(WINDOWS), parts, weights=weights or None)
+
+
+def test_a_guarded_target_has_parts_with_weights_and_guards_at_the_gate():
+    target = guarded(b=0, a=2)
+    plain = mgf.HeldOutLoss(WINDOWS)
+    assert target.weights == {"target": 1.0, "a": 2.0} and list(target.parts) == ["target", "a"]
+    assert float(target.outer(loss)(PARAMS)) == float(plain.outer(loss)(PARAMS))
+    assert float(target.gate_metric(loss)(PARAMS)) == float(plain.gate_metric(loss)(PARAMS))
+    np.testing.assert_array_equal(target.gate_windows, plain.gate_windows)
+    guards = target.guard_metrics(loss)
+    assert list(guards) == ["a", "b"]
+    judged = target.guards["b"].gate_windows
+    np.testing.assert_allclose(
+        guards["b"](PARAMS), loss(PARAMS, jnp.asarray(judged)).mean(), rtol=1e-6
+    )
+    assert target.held_out == (target.target, *target.guards.values())
+    assert guarded().weights == {"target": 1.0, "a": 1.0, "b": 1.0}
+    assert plain.guard_metrics(loss) == {} and list(plain.parts) == ["target"]
+    copy = pickle.loads(pickle.dumps(target))
+    assert copy.weights == target.weights
+
+
+@pytest.mark.parametrize(
+    ("guards", "weights", "message"),
+    [
+        (("target",), {}, "a guard is called 'target'"),
+        (("",), {}, "a guard is called ''"),
+        (("a",), {"b": 1.0}, "weights has 'b'"),
+        (("a",), {"a": -1.0}, "the weight of 'a' is -1.0"),
+        (("a",), {"a": float("nan")}, "the weight of 'a' is nan"),
+        (("a",), {"target": 0.0}, "the weight of 'target' is 0"),
+    ],
+)
+def test_a_guarded_target_names_what_is_wrong(guards, weights, message):
+    target = mgf.HeldOutLoss(WINDOWS)
+    with pytest.raises(ConfigError, match=message):
+        mgf.GuardedTarget(target, dict.fromkeys(guards, target), weights=weights)

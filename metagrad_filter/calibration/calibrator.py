@@ -14,26 +14,31 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from numpy.typing import ArrayLike
 
 from metagrad_filter.calibration.checkpoint import Checkpoints
 from metagrad_filter.calibration.config import CalibrationConfig
 from metagrad_filter.calibration.lease import Lease
 from metagrad_filter.calibration.limits import Limits
 from metagrad_filter.calibration.live import latest_live, save_live
+from metagrad_filter.calibration.monitoring import Monitoring
 from metagrad_filter.calibration.round import (
     RoundReport,
     check_source,
     run_round,
     vocabulary,
 )
+from metagrad_filter.calibration.settings import Schedule
 from metagrad_filter.calibration.source import WindowCheck, WindowSource
+from metagrad_filter.calibration.validation import record_validation
+from metagrad_filter.calibration.validity import Kind, ValidityCheck, check_validity
 from metagrad_filter.calibration.worker import BackgroundCalibration, start_worker
 from metagrad_filter.errors import CalibrationFailed, ConfigError, WindowError
 from metagrad_filter.files import canonical_json, write_once
 from metagrad_filter.labels import LabelStore
 from metagrad_filter.proxy.proxy import Proxy
 from metagrad_filter.registry import Registry
-from metagrad_filter.targets import HeldOutLoss
+from metagrad_filter.targets import Target
 from metagrad_filter.types import Progress, PyTree, silent
 from metagrad_filter.windows import SeriesWindows, TextWindows
 
@@ -54,6 +59,9 @@ class Calibrator:
         `Checkpoints` to say where parameters and optimizer state lie in them. Each round starts
         from the newest complete one; the job needs no change.
       progress: called with stage name, done and total.
+      sources: where each of the windows is from, `(N,)` names, or the entry of a dataset's elements
+        that holds the name. Then a candidate that would all but drop a large source is rejected,
+        see `gate_minimum_source_share` and `gate_may_starve`.
 
     Example:
       >>> calibrator = Calibrator(run_dir, proxy=proxy, target=HeldOutLoss(held_out),
@@ -68,12 +76,13 @@ class Calibrator:
         run_dir: str | Path,
         *,
         proxy: Proxy,
-        target: HeldOutLoss,
+        target: Target,
         windows: Any,
         config: CalibrationConfig | None = None,
         elements: TextWindows | SeriesWindows | None = None,
         checkpoints: str | Path | Checkpoints | None = None,
         progress: Progress | None = None,
+        sources: Any = None,
     ):
         self.run_dir = Path(run_dir).absolute()
         self._session: str | None = secrets.token_hex(8)
@@ -85,9 +94,10 @@ class Calibrator:
         self.checkpoints = checkpoints
         self.progress = progress or silent
         check = WindowCheck(vocabulary(proxy, self.config), self.config.pad_id)
-        self.source = WindowSource(windows, elements, check)
-        check(target.target_windows)
-        check(target.gate_windows)
+        self.source = WindowSource(windows, elements, check, sources)
+        for part in target.held_out:
+            check(part.target_windows)
+            check(part.gate_windows)
         if self.source.spool is None:
             check_source(self.source, self.config)
         self.registry = Registry(self.run_dir)
@@ -118,6 +128,18 @@ class Calibrator:
             )
         save_live(self.run_dir, self._session, step, params, opt_state)
 
+    def validation(self, step: int, loss: float, *, reset: bool = False) -> None:
+        """Records a live validation loss, see `record_validation`: call it after each evaluation.
+
+        A worker beside training watches the curve and, where it breaks its trend, publishes the
+        running version with strength 0 until a gate accepts another.
+
+        Raises:
+          ConfigError: `step` or `loss` is not a number of that kind.
+          OSError: it cannot be written.
+        """
+        record_validation(self.run_dir, step, loss, reset=reset)
+
     def observe(self) -> None:
         """From now on, rounds start from states that another process hands over with `follow`."""
         self._session = None
@@ -136,7 +158,7 @@ class Calibrator:
         if self.source.spool is None:
             return 0
         config = self.config
-        wanted = config.spooled_windows or max(100, config.horizon * config.batch_windows)
+        wanted = config.spooled_windows or max(100, config.trajectory_windows)
         return max(0, wanted - self.source.refresh())
 
     def round(self, lease: Lease | None = None) -> RoundReport:
@@ -183,11 +205,55 @@ class Calibrator:
             store=self.labels,
             live_step=step,
             started_from=started_from,
+            run_dir=self.run_dir,
             progress=progress,
         )
         path = self._reports / f"round-{report.round:06d}.json"
         write_once(path, canonical_json(report.to_json()))
         return report
+
+    def check(
+        self, kind: Kind = "tilt", *, classes: ArrayLike | None = None, **options: Any
+    ) -> ValidityCheck:
+        """Asks training itself whether the labels are right, which reliability cannot say.
+
+        Labels a pool as a round would, from where a round would start, and retrains on tilted
+        mixtures ("tilt") or on random halves of it ("lds"). Nothing is published; what was found
+        is stored as `rounds/check-*.json` of the run directory. It costs as much as some
+        trajectories; see `calibration/validity.py`.
+
+        Args:
+          kind: "tilt" or "lds".
+          classes: `(len(source),)` class of each window of the source; None makes clusters.
+          options: `clusters`, `pool_windows`, `steps`, `seeds`, `subsets` and `seed` of
+            `check_validity`.
+
+        Raises:
+          ConfigError: an argument is out of its domain.
+          CalibrationFailed: the live state cannot be read.
+          NonFiniteMetagradient, TrajectoryDiverged: the measurement left the finite numbers.
+        """
+        if self.source.spool is not None:
+            self.source.refresh()
+        check_source(self.source, self.config)
+        proxy, step, _ = self._start()
+        found = check_validity(
+            proxy,
+            self.target,
+            self.source,
+            self.config,
+            kind=kind,
+            classes=classes,
+            live_step=step,
+            progress=self.progress,
+            **options,
+        )
+        taken = [int(path.stem[6:]) for path in self._reports.glob("check-*.json")]
+        number = max(taken, default=0) + 1
+        data = canonical_json(found.to_json())
+        while not write_once(self._reports / f"check-{number:06d}.json", data):
+            number += 1
+        return found
 
     def _start(self) -> tuple[Proxy, int | None, str]:
         """The proxy where training stands now, the step it has reached, and whence it is known."""
@@ -240,6 +306,8 @@ class Calibrator:
         pause_seconds: float = 0.0,
         limits: Limits | None = None,
         wait_seconds: float = 60.0,
+        schedule: Schedule | None = None,
+        monitor: Monitoring | None = None,
     ) -> Iterator[BackgroundCalibration]:
         """Runs rounds in a process of its own until the block ends.
 
@@ -247,6 +315,8 @@ class Calibrator:
         newest of the `checkpoints`. Whatever becomes of it, the loader goes on with the versions
         that are published. At the end of the block a round in progress is abandoned. A script that
         uses this needs the usual `if __name__ == "__main__":` guard of Python's spawned processes.
+        The process runs the loop of `metagrad-filter calibrate --watch`, with which it shares the
+        run directory's requests and the drift monitor.
 
         Args:
           rounds: how many to run, None for as many as time allows.
@@ -254,17 +324,31 @@ class Calibrator:
           limits: niceness, threads and device of the process; by default niceness 10.
           wait_seconds: for a calibrator that holds this run directory, such as the worker of a job
             that was killed just before; then the worker ends with a `ConfigError`.
+          schedule: when rounds are run, instead of `rounds` and `pause_seconds`; for instance
+            `Schedule(every_steps=2000, on_drift=True)`. Without one, the worker ends with the first
+            exception of a round; with one, it goes on as `most_failures` says.
+          monitor: how drift is watched, and where its numbers go; None for the defaults.
 
         Yields:
           `BackgroundCalibration`, to look at or to wait for.
 
         Raises:
-          ConfigError: the proxy or the windows cannot be sent to another process.
+          ConfigError: the proxy or the windows cannot be sent to another process, a schedule is
+            given twice, or a package that `monitor` needs is missing.
         """
+        if schedule is None:
+            schedule = Schedule(rounds, pause_seconds, most_failures=1)
+        elif rounds is not None or pause_seconds:
+            raise ConfigError(
+                f"rounds={rounds!r} and pause_seconds={pause_seconds!r} are given beside a "
+                "schedule; set them in the schedule."
+            )
+        monitor = monitor or Monitoring()
+        monitor.require_packages()
         with start_worker(
             self,
-            rounds=rounds,
-            pause_seconds=pause_seconds,
+            schedule=schedule,
+            monitor=monitor,
             limits=limits or Limits(),
             wait_seconds=wait_seconds,
         ) as worker:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from metagrad_filter.calibration.config import CalibrationConfig
 from metagrad_filter.calibration.limits import Limits
+from metagrad_filter.calibration.monitoring import Monitoring
 from metagrad_filter.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,8 +36,10 @@ class Schedule:
       rounds: how many to run, None for no end.
       pause_seconds: least time between two rounds, of the monotonic clock.
       every_steps: a round is due when training is that many steps further than at the last one.
-      on_drift: wait for the drift monitor's requests. With neither this nor `every_steps`, a round
-        is due whenever the pause is over.
+      on_drift: a standing alarm of the drift monitor asks for a round. With neither this nor
+        `every_steps`, a round is due whenever the pause is over.
+      most_failures: how many rounds in a row may raise before the loop ends with what the last one
+        raised, None for no end.
 
     Raises:
       ConfigError: a field is out of its domain.
@@ -46,9 +49,10 @@ class Schedule:
     pause_seconds: float = 0.0
     every_steps: int | None = None
     on_drift: bool = False
+    most_failures: int | None = None
 
     def __post_init__(self):
-        for name in ("rounds", "every_steps"):
+        for name in ("rounds", "every_steps", "most_failures"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ConfigError(f"{name}={value!r}; expected a positive integer or None.")
@@ -57,6 +61,14 @@ class Schedule:
             raise ConfigError(f"pause_seconds={pause!r}; expected a number of seconds >= 0.")
         if type(self.on_drift) is not bool:
             raise ConfigError(f"on_drift={self.on_drift!r}; expected true or false.")
+
+
+_TABLES: tuple[tuple[str, type, str], ...] = (
+    ("calibration", CalibrationConfig, "replaces fields of the Calibrator's configuration"),
+    ("worker", Limits, "what this process may use"),
+    ("schedule", Schedule, "when rounds are run"),
+    ("monitor", Monitoring, "how drift is watched, and where numbers go besides the run directory"),
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,7 @@ class Settings:
       calibration: fields of `CalibrationConfig` that replace those of the `Calibrator`.
       worker: limits of the process.
       schedule: when rounds are run.
+      monitor: how drift is watched, and where its numbers go.
 
     Raises:
       ConfigError: a field is out of its domain.
@@ -79,6 +92,7 @@ class Settings:
     calibration: dict[str, Any] = field(default_factory=dict)
     worker: Limits = field(default_factory=Limits)
     schedule: Schedule = field(default_factory=Schedule)
+    monitor: Monitoring = field(default_factory=Monitoring)
 
     def __post_init__(self):
         for name in ("run_dir", "setup"):
@@ -119,20 +133,14 @@ class Settings:
         for name in ("run_dir", "setup"):
             if name not in found:
                 raise ConfigError(f"{name} is missing; expected {name} = '...' before any table.")
-        tables = {
-            name: _table(found.get(name, {}), kind, name)
-            for name, kind in (
-                ("calibration", CalibrationConfig),
-                ("worker", Limits),
-                ("schedule", Schedule),
-            )
-        }
+        tables = {name: _table(found.get(name, {}), kind, name) for name, kind, _ in _TABLES}
         return cls(
             found["run_dir"],
             found["setup"],
             tables["calibration"],
             Limits(**tables["worker"]),
             Schedule(**tables["schedule"]),
+            Monitoring(**tables["monitor"]),
         )
 
     def calibrator(self) -> Calibrator:
@@ -159,11 +167,7 @@ def example() -> str:
         'run_dir = "run"',
         'setup = "training.calibration:calibrator"  # a function that returns the Calibrator',
     ]
-    for name, kind, about in (
-        ("calibration", CalibrationConfig, "replaces fields of the Calibrator's configuration"),
-        ("worker", Limits, "what this process may use"),
-        ("schedule", Schedule, "when rounds are run"),
-    ):
+    for name, kind, about in _TABLES:
         lines += ["", f"[{name}]  # {about}"]
         for entry in dataclasses.fields(kind):
             if entry.default is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ class WindowSource:
         window each (a `grain.MapDataset`, a Hugging Face dataset).
       elements: how such an element becomes an array, for datasets only.
       check: applied to whatever is taken.
+      sources: where each window is from: `(N,)` names, or the entry of a dataset's elements that
+        holds the name; None where that is not known, as for a spool.
 
     Raises:
       ConfigError, WindowError, DataError: the source cannot be read as windows.
@@ -52,6 +55,7 @@ class WindowSource:
         windows: Any,
         elements: TextWindows | SeriesWindows | None = None,
         check: WindowCheck | None = None,
+        sources: Sequence[str] | np.ndarray | str | None = None,
     ):
         if (
             isinstance(windows, list)
@@ -63,7 +67,13 @@ class WindowSource:
         self._windows: Any = windows if self._path is None else _memory_map(self._path)
         self._elements, self._check = elements, check
         windows = self._windows
+        self._sources = sources if sources is None or isinstance(sources, str) else _names(sources)
         if isinstance(windows, SpooledWindows):
+            if sources is not None:
+                raise ConfigError(
+                    "sources were given with a spool, whose windows come and go without names; "
+                    "leave them out, or calibrate on an array or a dataset."
+                )
             return  # it fills while training runs
         if not isinstance(windows, np.ndarray):
             if not hasattr(windows, "__getitem__") or not hasattr(windows, "__len__"):
@@ -83,6 +93,17 @@ class WindowSource:
             )
         if len(self) == 0:
             raise WindowError("the source of windows is empty; check its path or its filter.")
+        if isinstance(self._sources, str):
+            if isinstance(windows, np.ndarray):
+                raise ConfigError(
+                    f"sources={sources!r} names an entry of a dataset's elements, but windows are "
+                    "an array; pass one name for each window."
+                )
+        elif self._sources is not None and len(self._sources) != len(self):
+            raise ConfigError(
+                f"sources holds {len(self._sources)} names for {len(self)} windows; pass one name "
+                "for each window."
+            )
 
     def __len__(self) -> int:
         return len(self._windows)
@@ -100,6 +121,27 @@ class WindowSource:
     def refresh(self) -> int:
         """Looks for new windows, where the source grows; returns how many there are now."""
         return len(self) if self.spool is None else self.spool.refresh()
+
+    def sources(self, index: np.ndarray) -> np.ndarray | None:
+        """Names of where the windows at `(n,)` positions are from, or None where not known.
+
+        Raises:
+          DataError: an element of the dataset has no such entry.
+        """
+        if self._sources is None:
+            return None
+        if not isinstance(self._sources, str):
+            return self._sources[index]
+        names = []
+        for i in index:
+            element = self._windows[int(i)]
+            if not isinstance(element, Mapping) or self._sources not in element:
+                raise DataError(
+                    f"element {int(i)} has no entry {self._sources!r} to tell its source by; name "
+                    "an entry that every element has, or leave sources out."
+                )
+            names.append(str(element[self._sources]))
+        return np.array(names)
 
     def check_with(self, check: WindowCheck) -> None:
         """Applies another check to whatever is taken from now on."""
@@ -135,3 +177,12 @@ def _memory_map(path: Path) -> np.ndarray:
         raise DataError(
             f"windows cannot be read from {path}: {error}; expected a .npy file."
         ) from error
+
+
+def _names(sources: Sequence[str] | np.ndarray) -> np.ndarray:
+    names = np.asarray(sources)
+    if names.ndim != 1 or names.dtype.kind not in "UOS":
+        raise ConfigError(
+            f"sources are {names.dtype}{names.shape}; expected (N,) names, one for each window."
+        )
+    return names.astype(str)

@@ -1,4 +1,4 @@
-"""The background calibration worker: rounds in a spawned process beside training.
+"""The background calibration worker: the loop of `watch.py` in a spawned process beside training.
 
 Training never waits for it and never depends on it: the two meet in the run directory only. The
 worker runs at low priority, ends itself when its parent is gone, and may be killed at any moment,
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import threading
 import time
 import traceback
 import warnings
@@ -21,18 +22,17 @@ from typing import TYPE_CHECKING, Any
 
 from metagrad_filter.calibration.lease import Lease
 from metagrad_filter.calibration.limits import Limits
+from metagrad_filter.calibration.monitoring import Monitoring
+from metagrad_filter.calibration.settings import Schedule
+from metagrad_filter.calibration.watch import Watch
 from metagrad_filter.errors import CalibrationFailed, ConfigError
 
 if TYPE_CHECKING:
     from metagrad_filter.calibration.calibrator import Calibrator
 
-_LOOK_SECONDS = 1.0  # between two looks at a spool that fills
+_PARENT_SECONDS = 1.0  # between two looks at whether the parent lives
 _STOP_SECONDS = 5.0  # for a round in progress to notice that it is abandoned
 _LEAVE_SECONDS = 60.0  # for a worker without work to shut its interpreter down, on a busy machine
-
-
-class _Stopped(Exception):
-    """Raised inside a round when the block in the parent has ended."""
 
 
 class BackgroundCalibration:
@@ -87,8 +87,8 @@ class BackgroundCalibration:
 def start_worker(
     calibrator: Calibrator,
     *,
-    rounds: int | None,
-    pause_seconds: float,
+    schedule: Schedule,
+    monitor: Monitoring,
     limits: Limits,
     wait_seconds: float,
 ) -> Iterator[BackgroundCalibration]:
@@ -109,8 +109,13 @@ def start_worker(
         ) from error
     process = context.Process(
         target=_work,
-        args=(payload, stop, leaving, rounds, pause_seconds, error_path, os.getpid()),
-        kwargs={"limits": limits, "wait_seconds": wait_seconds},
+        args=(payload, stop, leaving, error_path, os.getpid()),
+        kwargs={
+            "schedule": schedule,
+            "monitor": monitor,
+            "limits": limits,
+            "wait_seconds": wait_seconds,
+        },
         name="metagrad-calibration",
         daemon=True,
     )
@@ -139,51 +144,36 @@ def _work(
     payload: bytes,
     stop,
     leaving,
-    rounds,
-    pause_seconds,
-    error_path,
-    parent,
+    error_path: Path,
+    parent: int,
     *,
-    limits,
-    wait_seconds,
+    schedule: Schedule,
+    monitor: Monitoring,
+    limits: Limits,
+    wait_seconds: float,
 ) -> None:
     def ended() -> bool:
         return stop.is_set() or os.getppid() != parent
 
-    def progress(stage: str, done: int, total: int) -> None:
-        del stage, done, total
-        if ended():
-            raise _Stopped
-
     try:
         limits.apply()
         calibrator: Calibrator = ForkingPickler.loads(payload)  # pyright: ignore
-        calibrator.progress = progress
         lease = Lease(calibrator.run_dir)
         if not lease.acquire(wait_seconds, stopped=ended):
             if ended():
                 return
             raise ConfigError(lease.refusal())
-        try:
-            _rounds(calibrator, lease, stop, ended, rounds, pause_seconds)
-        finally:
-            lease.release()
-    except _Stopped:
-        return
+        loop = Watch(calibrator, schedule, monitor=monitor, lease=lease)
+
+        def follow_the_parent() -> None:
+            while not stop.wait(_PARENT_SECONDS) and not ended():
+                pass
+            loop.stop()
+
+        threading.Thread(target=follow_the_parent, name="metagrad-parent", daemon=True).start()
+        loop.run()
     except Exception:
         error_path.write_text(traceback.format_exc())
         raise
     finally:
         leaving.set()
-
-
-def _rounds(calibrator: Calibrator, lease: Lease, stop, ended, rounds, pause_seconds) -> None:
-    finished = 0
-    while rounds is None or finished < rounds:
-        while calibrator.missing_windows():
-            if stop.wait(_LOOK_SECONDS) or ended():
-                return
-        calibrator.round(lease)
-        finished += 1
-        if stop.wait(pause_seconds) or ended():
-            return

@@ -59,7 +59,7 @@ from metagrad_filter.ledger import Ledger
 from metagrad_filter.metagradient import check_metagradients
 from metagrad_filter.metagradient.optimizer import warm_state
 from metagrad_filter.proxy import DecoderConfig, DecoderLoss, Proxy, init_decoder
-from metagrad_filter.scorer.fit import distinct_windows, held_out
+from metagrad_filter.scorer.fit import held_out, merge_windows
 from metagrad_filter.targets import HeldOutLoss
 from metagrad_filter.types import Progress, silent
 
@@ -361,7 +361,7 @@ def _check(
     proxy: Proxy, target: HeldOutLoss, stream: np.ndarray, config: DemoConfig
 ) -> dict[str, Any]:
     """Finite differences on the demo's own model, from the moments calibration starts from."""
-    rate = config.learning_rate * config.calibration.learning_rate_scale
+    rate = config.learning_rate * config.calibration.learning_rate_scales[0]
     optimizer = proxy.transformation(rate)
     shape = (config.check_horizon, config.batch_windows, config.window_tokens)
     found = check_metagradients(
@@ -398,10 +398,12 @@ def _scorer_record(calibrator: Calibrator, parts: _Parts, config: DemoConfig) ->
         for i, name in enumerate(CLASS_NAMES)
     }
     newest_round = calibrator.labels.load(calibrator.labels.rounds()[-1])
-    windows, labels = calibrator.labels.pooled(
-        config.calibration.pooled_rounds, newest_round.target
+    windows, labels, weights = calibrator.labels.pooled(
+        config.calibration.pooled_rounds,
+        newest_round.target,
+        decay=config.calibration.label_decay,
     )
-    windows, labels = distinct_windows(windows, gaussian_ranks(labels))
+    windows, labels, _ = merge_windows(windows, gaussian_ranks(labels, weights), weights)
     unseen = held_out(len(windows), config.calibration.seed)[:_SCATTER_POINTS]
     lookup = {window.tobytes(): i for i, window in enumerate(parts.stream)}
     classes = [int(parts.classes[lookup[windows[i].tobytes()]]) for i in unseen]

@@ -157,11 +157,11 @@ class _Subject:
     ):
         self.proxy, self.source, self.config = proxy, source, config
         self.outer = target.outer(proxy.loss)
-        self.optimizer = proxy.transformation(proxy.learning_rate * config.learning_rate_scale)
+        self.optimizer = proxy.transformation(proxy.learning_rate * config.learning_rate_scales[0])
         self.state = warm_state(self.optimizer, proxy.params, proxy.opt_state)
         order = np.random.default_rng([config.seed, 0]).permutation(len(source))
         # As many as a trajectory draws: each half is then passed over twice.
-        size = min(config.horizon * config.batch_windows, len(source) // 2)
+        size = min(config.trajectory_windows, len(source) // 2)
         self.pool, self.rest = source.take(np.sort(order[:size])), order[size:]
 
     def batches(self, number: int, steps: int) -> np.ndarray:
@@ -182,7 +182,7 @@ class _Subject:
         for i in range(self.config.trajectories):
             found = metagradients(
                 *self.start,
-                self.batches(i, self.config.horizon),
+                self.batches(i, self.config.inner_steps),
                 optimizer=self.optimizer,
                 microbatch=self.config.microbatch,
             )
@@ -192,7 +192,7 @@ class _Subject:
 
 
 def _adjoint(subject: _Subject) -> list[Row]:
-    steps = min(subject.config.horizon, _AUTODIFF_STEPS)
+    steps = min(subject.config.inner_steps, _AUTODIFF_STEPS)
     found = compare_with_autodiff(
         *subject.start,
         subject.batches(0, steps),
@@ -213,7 +213,7 @@ def _adjoint(subject: _Subject) -> list[Row]:
 def _finite_differences(subject: _Subject) -> list[Row]:
     config = subject.config
     loss, outer, params, state = subject.start
-    batches = subject.batches(0, config.horizon)
+    batches = subject.batches(0, config.inner_steps)
     best = None
     for epsilon in _EPSILONS:
         found = check_metagradients(
@@ -223,7 +223,7 @@ def _finite_differences(subject: _Subject) -> list[Row]:
             state,
             batches,
             optimizer=subject.optimizer,
-            entries=min(_ENTRIES, config.horizon * config.batch_windows),
+            entries=min(_ENTRIES, config.trajectory_windows),
             epsilon=epsilon,
             seed=config.seed,
             microbatch=config.microbatch,
@@ -237,7 +237,7 @@ def _finite_differences(subject: _Subject) -> list[Row]:
 
 
 def _difference_rows(found: FiniteDifferences, config: CalibrationConfig) -> list[Row]:
-    steps = f"{config.horizon} steps"
+    steps = f"{config.inner_steps} steps"
     where = f"{len(found.entries)} windows, {steps}, epsilon {found.epsilon:g}"
     cooler = "lower learning_rate_scale or the horizon: the inner loop amplifies small changes"
     return [
@@ -283,7 +283,7 @@ def _reliability(subject: _Subject) -> list[Row]:
 def _datamodeling(subject: _Subject, subsets: int, progress: Progress) -> list[Row]:
     config, proxy = subject.config, subject.proxy
     # What a selection acts through: the live rate, falling so that short runs can be compared.
-    rates = optax.linear_schedule(proxy.learning_rate, proxy.learning_rate / 10, config.horizon)
+    rates = optax.linear_schedule(proxy.learning_rate, proxy.learning_rate / 10, config.inner_steps)
     optimizer = proxy.transformation(rates)
     truth = retrain_on_subsets(
         proxy.loss,
@@ -292,7 +292,7 @@ def _datamodeling(subject: _Subject, subsets: int, progress: Progress) -> list[R
         warm_state(optimizer, proxy.params, proxy.opt_state),
         subject.pool,
         optimizer=optimizer,
-        steps=config.horizon,
+        steps=config.inner_steps,
         batch_windows=config.batch_windows,
         subsets=subsets,
         seeds=_SEEDS,

@@ -1,0 +1,41 @@
+"""What this package takes from jax beyond its documented interface, all of it in this file.
+
+Holds for jax 0.10 and 0.11. The documented part (`jax.extend.core.Primitive`,
+`jax.interpreters.{ad, batching, mlir}`) is used where it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax._src import core, dispatch
+from jax.extend.core import Primitive
+
+
+def align(arrays: Sequence[Any]) -> list[Any]:
+    """Marks all operands as varying over the manual mesh axes that any of them varies over."""
+    varying = [frozenset(jax.typeof(x).mat.varying) for x in arrays]
+    every = frozenset().union(*varying)
+    return [
+        jax.lax.pcast(x, tuple(sorted(every - mine)), to="varying") if every - mine else x
+        for x, mine in zip(arrays, varying)
+    ]
+
+
+def output(name: str, operands: Sequence[Any], shape: Sequence[int], dtype: Any) -> Any:
+    """Abstract value of one output, varying over the manual mesh axes that the operands do."""
+    varying = core.standard_vma_rule(name, *operands)
+    return operands[0].update(
+        shape=tuple(shape),
+        dtype=dtype,
+        weak_type=False,
+        sharding=core.get_cur_mesh_sharding(),
+        manual_axis_type=core.ManualAxisType(varying=varying),
+    )
+
+
+def lower_with_devices(primitive: Primitive) -> None:
+    """Lets the lowering rule of `primitive` know the devices, which custom partitioning needs."""
+    dispatch.prim_requires_devices_during_lowering.add(primitive)

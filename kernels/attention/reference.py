@@ -1,0 +1,66 @@
+"""`implementation="reference"`: the formulas on the whole score matrix, in plain `jax.numpy`.
+
+Answers "what must every implementation compute?". One tile holds everything, so memory is
+O(B H S S_k); jax can differentiate it to any order. Inputs and outputs as in `primitives.py`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from metagrad_filter.kernels.attention import formulas  # pyright: ignore[reportMissingImports]
+from metagrad_filter.kernels.attention.formulas import OPERANDS  # pyright: ignore[reportMissingImports]
+from metagrad_filter.kernels.attention.pattern import (  # pyright: ignore[reportMissingImports]
+    Pattern,
+    both,
+    same_segment,
+)
+
+
+def run(name: str, pattern: Pattern, *operands: jax.Array) -> list[jax.Array]:
+    """Computes primitive `name` in float32, or float64 where the operands are."""
+    kinds, outputs = OPERANDS[name]
+    q, k = operands[:2]
+    groups = q.shape[2] // k.shape[2]
+    width = jnp.promote_types(q.dtype, jnp.float32)
+    laid = [_lay(kind, x.astype(width), groups) for kind, x in zip(kinds, operands)]
+    rows, columns = jnp.arange(q.shape[1])[:, None], jnp.arange(k.shape[1])[None]
+    visible = pattern.visible(rows, columns, k.shape[1])
+    for segments in operands[len(kinds) :]:
+        ids = jnp.repeat(segments, k.shape[2], axis=0)
+        visible = both(visible, same_segment(ids, ids))
+    found = whole(name, pattern.scale, visible, *laid)
+    return [_unlay(kind, x, q.shape, q.dtype) for kind, x in zip(outputs, found)]
+
+
+def whole(name: str, scale: float, visible, *operands: jax.Array) -> tuple[jax.Array, ...]:
+    """Primitive `name` where one tile holds every score; operands laid out as in `formulas`."""
+    if name == "fwd":
+        q, k, v = operands
+        x = scale * formulas.scores(q, k)
+        norm = jax.nn.logsumexp(x if visible is None else jnp.where(visible, x, -jnp.inf), axis=-1)
+        # Rows that see nothing get weights of 0 from here on.
+        norm = jnp.where(norm == -jnp.inf, jnp.inf, norm)
+        return formulas.rows(formulas.probabilities(q, k, norm, scale, visible), v), norm
+    p = formulas.probabilities(operands[0], operands[1], operands[3], scale, visible)
+    return formulas.FORMULAS[name](p, scale, *operands)
+
+
+def _lay(kind: str, x: jax.Array, groups: int) -> jax.Array:
+    """From the layout of `attention` to that of `formulas`."""
+    if kind == "r":
+        return x.reshape(-1, groups, x.shape[2])
+    length, width = x.shape[1], x.shape[3]
+    if kind == "k":
+        return x.swapaxes(1, 2).reshape(-1, length, width)
+    return x.swapaxes(1, 2).reshape(-1, groups, length, width)
+
+
+def _unlay(kind: str, x: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+    batch, length, heads, width = shape
+    if kind == "r":
+        return x.reshape(batch, heads, length)
+    if kind == "k":
+        return x.reshape(batch, -1, *x.shape[1:]).swapaxes(1, 2).astype(dtype)
+    return x.reshape(batch, heads, length, width).swapaxes(1, 2).astype(dtype)
