@@ -1,6 +1,6 @@
 """Second-order attention in linear memory against the whole softmax, on this machine.
 
-python -m bench.attention            measure (two minutes), then store bench/records/attention.json
+python -m bench.attention            measure, then store bench/records/attention.json
 python -m bench.attention --table    print the stored record
 
 - `long`: one product with the Hessian of a sum of sines of attention's outputs, by reverse over
@@ -13,8 +13,8 @@ python -m bench.attention --table    print the stored record
   `jax.nn.dot_product_attention`: a gradient, and the tangent of one (an evaluation of a step's
   adjoint).
 
-Times are CPU times of the process with all threads, which a busy machine changes least; `wall_ms`
-stands beside them.
+Takes about two minutes of CPU. Times are CPU times of the process with all threads, which a busy
+machine changes least; `wall_ms` stands beside them.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def main(arguments: list[str]) -> None:
     if not arguments:
         import jax
 
-        from metagrad_filter.kernels.attention import attention
+        from metagrad_filter.kernels.attention import attention  # pyright: ignore[reportMissingImports]
 
         attend = functools.partial(attention, implementation="chunked")
         record: dict[str, Any] = {

@@ -13,7 +13,7 @@ filter and calibration take turns in one process, so that delays are counted in 
   fours, a kind of damage that no scorer has seen. Arms from the same parameters at the switch: live
   (answers alarms), stale (the first version for ever), random.
 * target: the same stream, but at block 48 the target becomes BBC news. The stream's statistics
-  cannot show that: the next round, which a schedule asks for every 16 blocks, compares the running
+  cannot show that: the next round, which a schedule asks for every 24 blocks, compares the running
   version with fresh labels of the fixed reference pool. Its labels are pooled with none of the old
   target.
 * quiet: 10^6 windows of the first stream, without any change, drawn anew from windows that no
@@ -35,10 +35,10 @@ import numpy as np
 
 RECORD = Path(__file__).parent / "records" / "drift.json"
 
-SEEDS = 2
+SEEDS = 1
 BLOCK, KEEP, SWAP = 512, 0.25, 4
 BEFORE, AFTER = 48, 72  # blocks
-SCHEDULE = 16  # blocks between rounds, where the target changes
+SCHEDULE = 24  # blocks between rounds, where the target changes
 QUIET_WINDOWS = 1_000_000
 JUDGED = 3072
 OPTIONS: dict[str, Any] = {

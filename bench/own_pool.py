@@ -3,21 +3,25 @@
 python -m bench.own_pool            run (about half an hour on two cores), store, print the table
 python -m bench.own_pool --table    print the table of the stored record
 
-Stream, target and report windows are PubMed abstracts of 2021 (`bench.worlds.pool`). In such a
-world filters lose to random, and so does a metagradient with a wrong horizon. Every method chooses
-a half or a quarter of the stream, block by block as the filter does, and the annealed base trains
-on what it kept, at the constant rate 3e-4, once per seed; a seed is the order of the stream. Gain
-is random's report loss minus the method's, nats per token, paired by seed.
+Two worlds (`bench.worlds`) in which the stream, the target and the report windows come from the
+same source, so that the wrong score loses to random:
 
-* probe: metagradient labels of the stream itself, T=96, 6 trajectories on other windows; hard
-  top-k, Gumbel top-k of strength 2, divided by the frozen gradient norm, and reversed (a sanity
-  check).
-* distilled: the default scorer fitted on 80,000 other labelled windows.
-* gated: the distilled scorer at the strength that the gate chooses, by paired runs on windows and a
-  target split of its own; strength 0 is random itself.
-* stratified: what is kept holds a fifth of each fifth of the base's loss, so that nothing can be
-  gained or lost by taking easier or harder windows.
-* low / high perplexity, RHO-loss: from the base and a reference tuned on the target windows.
+* `on_target`: PubMed of 1976-79 alone, 1,024 target windows, from a base that was trained on a
+  mixture; there still is something to learn about the domain.
+* `pool`: PubMed of 2021 alone, and the base has seen nothing else; 32,768 target windows.
+
+Every method chooses a half or a quarter of the stream, block by block as the filter does; the
+annealed base trains on what it kept, at the constant rate 3e-4, once per seed, which is the order
+of the stream. Gain is random's report loss minus the method's, nats per token, paired by seed.
+Labels: T=96, the trajectories of one half measured on one half of the target, those of the other on
+the other; so split-half says what is left where the target windows are new ones.
+
+* probe: the labels of the stream itself: hard top-k, Gumbel top-k, divided by the frozen gradient
+  norm, reversed (a sanity check), and stratified: as many of each fifth of the base's loss, so that
+  nothing is gained or lost by taking easier or harder windows.
+* distilled: the default scorer, each half of the stream scored by the other half's fit (`pool`: by
+  a fit on 40,000 other windows); gated: at the strength that the gate chooses, 0 being random.
+* RHO-loss, low perplexity: from the base and a reference tuned on the target windows.
 """
 
 from __future__ import annotations
@@ -33,69 +37,83 @@ import numpy as np
 RECORD = Path(__file__).parent / "records" / "own_pool.json"
 
 SEEDS, KEEP = 3, (0.5, 0.25)
-HORIZON, TRAJECTORIES = 96, 6
-FITTED, BLOCK = 80_000, 512
-GUMBEL = 2.0
+HORIZON, TRAJECTORIES = 96, 4
+FITTED, BLOCK = 40_000, 512
+GUMBEL = (0.5, 2.0)
 GATE_PAIRS = 4
 
 
 def measure() -> dict[str, Any]:
-    """Runs every method; JSON types only."""
-    from bench.worlds import (
-        BATCH,
-        LIVE,
-        VOCAB,
-        arm,
-        base_proxy,
-        environment,
-        labelled,
-        losses,
-        pool,
-        report_loss,
-        say,
-        target_of,
-    )
+    """Runs both worlds; JSON types only."""
+    from bench.worlds import environment, on_target, pool
+
+    return {
+        "worlds": {
+            "on_target": _world(on_target(), KEEP, rivals=True),
+            "pool": _world(pool(), KEEP[:1], rivals=False),
+        },
+        "config": {
+            "seeds": SEEDS,
+            "horizon": HORIZON,
+            "trajectories": TRAJECTORIES,
+            "gumbel_strengths": list(GUMBEL),
+            "gate_pairs": GATE_PAIRS,
+        },
+        "environment": environment(),
+    }
+
+
+def _world(world, keeps: tuple[float, ...], *, rivals: bool) -> dict[str, Any]:
+    from bench.worlds import BATCH, LIVE, arm, base_proxy, labelled, losses, report_loss, say
     from metagrad_filter.calibration.config import CalibrationConfig
     from metagrad_filter.calibration.estimators.windows import gradient_norms
     from metagrad_filter.demo.rivals import tuned_reference
     from metagrad_filter.labels import split_half_reliability
-    from metagrad_filter.scorer.fit import fit_scorer
     from metagrad_filter.statistics import rank_correlation
 
-    world = pool()
     proxy = base_proxy(world)
     count = len(world.stream)
-    everything = np.concatenate([world.stream, world.label_pool, world.base])
+    other = world.label_pool[:FITTED] if world.name == "pool" else world.stream[:0]
     halves = labelled(
-        world, proxy, everything, horizon=HORIZON, trajectories=TRAJECTORIES, scale=1.0
+        world,
+        proxy,
+        np.concatenate([world.stream, other]),
+        horizon=HORIZON,
+        trajectories=TRAJECTORIES,
+        scale=1.0,
     )
     labels = halves.astype(np.float64).sum(axis=0)
     probe = labels[:count]
-    scorer = fit_scorer(world.label_pool[:FITTED], labels[count : count + FITTED], vocab_size=VOCAB)
-    distilled = scorer.score(world.stream)
-    say(f"distilled: rank correlation {rank_correlation(distilled, probe):.3f}")
+    reliability = split_half_reliability(halves[:, :count])
+    distilled, scorer, fresh = _distilled(world, labels, other)
+    say(f"{world.name}: split-half {reliability:.3f}, {rank_correlation(distilled, probe):.3f}")
     base = losses(proxy, world.stream)
-    reference = tuned_reference(proxy, world.target, world.gate, steps=(24, 48, 96, 192), seed=0)
-    rho = base - losses(proxy, world.stream, reference[0])
-    norms = gradient_norms(proxy.loss, proxy.params, world.stream)
     strata = np.searchsorted(np.quantile(base, [0.2, 0.4, 0.6, 0.8]), base)
     # Name: (scores, strength).
     methods: dict[str, tuple[np.ndarray | None, float]] = {
         "random": (None, 0.0),
         "probe": (probe, math.inf),
-        "probe, Gumbel": (probe, GUMBEL),
-        "probe / gradient norm": (probe / norms, math.inf),
-        "probe reversed": (-probe, math.inf),
+        **{f"probe, Gumbel {strength:g}": (probe, strength) for strength in GUMBEL},
         "distilled": (distilled, math.inf),
-        "distilled, Gumbel": (distilled, GUMBEL),
-        "RHO-loss": (rho, math.inf),
-        "low perplexity": (-base, math.inf),
-        "high perplexity": (base, math.inf),
-        "probe, stratified": (within(probe, strata), math.inf),
-        "distilled, stratified": (within(distilled, strata), math.inf),
+        "distilled, Gumbel 0.5": (distilled, 0.5),
     }
+    correlations = {"minus base loss": rank_correlation(probe, -base)}
+    if rivals:
+        reference = tuned_reference(
+            proxy, world.target, world.gate, steps=(24, 48, 96, 192), seed=0
+        )
+        rho = base - losses(proxy, world.stream, reference[0])
+        correlations["RHO-loss"] = rank_correlation(probe, rho)
+        norms = gradient_norms(proxy.loss, proxy.params, world.stream)
+        methods |= {
+            "probe / gradient norm": (probe / norms, math.inf),
+            "probe, stratified": (within(probe, strata), math.inf),
+            "probe reversed": (-probe, math.inf),
+            "RHO-loss": (rho, math.inf),
+            "low perplexity": (-base, math.inf),
+        }
     found: dict[str, Any] = {}
-    for keep in KEEP:
+    for keep in keeps:
         steps = int(count * keep) // BATCH
         rates = np.full(steps, LIVE, np.float32)
         # As long a gate run as what it decides on.
@@ -104,48 +122,52 @@ def measure() -> dict[str, Any]:
             block_windows=BLOCK,
             gate_steps=steps,
             gate_pairs=GATE_PAIRS,
-            gate_strengths=(GUMBEL, math.inf),
+            gate_strengths=(0.5, math.inf),
         )
-        gate = _gate(proxy, scorer, world, config, target_of(world), LIVE)
-        say(f"keep {keep}: gate {gate}")
+        gate = _gate(proxy, scorer, fresh, config, world)
+        say(f"{world.name} keep {keep}: gate {gate['chosen']} of {gate['arms']}")
         chosen = dict(methods)
         strength = math.inf if gate["chosen"] == "inf" else float(gate["chosen"])
-        if strength:
-            chosen["gated"] = (distilled, strength)
         results: dict[str, list[float]] = {}
-        for name, (scores, strength) in chosen.items():
+        for name, (scores, how) in chosen.items():
             results[name] = []
             for seed in range(SEEDS):
                 order = np.random.default_rng([7, seed]).permutation(count)
-                kept = order[filtered(scores, order, keep, strength, seed)][: steps * BATCH]
+                kept = order[filtered(scores, order, keep, how, seed)][: steps * BATCH]
                 params = arm(proxy, world.stream[kept], rates)
                 results[name].append(report_loss(world, proxy, params))
             gains = np.asarray(results["random"]) - np.asarray(results[name])
             say(f"keep {keep} {name}: {gains.mean():+.5f} ± {gains.std(ddof=1) / SEEDS**0.5:.5f}")
-        if "gated" not in results:
-            results["gated"] = results["random"]
+        same = {0.0: "random", 0.5: "distilled, Gumbel 0.5", math.inf: "distilled"}
+        results["gated"] = results[same[strength]]
         found[str(keep)] = {"losses": results, "steps": steps, "gate": gate}
     return {
         "keep": found,
-        "reliability": split_half_reliability(halves[:, :count]),
+        "reliability": reliability,
         "rank_correlation": rank_correlation(distilled, probe),
-        "label_correlations": {
-            "minus base loss": rank_correlation(probe, -base),
-            "RHO-loss": rank_correlation(probe, rho),
-        },
+        "label_correlations": correlations,
         "base_loss": report_loss(world, proxy, proxy.params),
-        "config": {
-            "seeds": SEEDS,
-            "horizon": HORIZON,
-            "trajectories": TRAJECTORIES,
-            "fitted_labels": FITTED,
-            "stream_windows": count,
-            "report_windows": len(world.report),
-            "gumbel_strength": GUMBEL,
-            "gate_pairs": GATE_PAIRS,
-        },
-        "environment": environment(),
+        "stream_windows": count,
+        "target_windows": len(world.target),
     }
+
+
+def _distilled(world, labels: np.ndarray, other: np.ndarray):
+    """Scores of the stream, a scorer, and windows of the stream that it was not fitted on."""
+    from bench.worlds import VOCAB
+    from metagrad_filter.scorer.fit import fit_scorer
+
+    count = len(world.stream)
+    if len(other):
+        scorer = fit_scorer(other, labels[count:], vocab_size=VOCAB)
+        return scorer.score(world.stream), scorer, world.label_pool[len(other) :]
+    cut = count // 2
+    parts = [slice(0, cut), slice(cut, None)]
+    fits = [fit_scorer(world.stream[p], labels[p], vocab_size=VOCAB) for p in parts]
+    scores = np.empty(count, np.float32)
+    for part, fitted_elsewhere in zip(parts, fits[::-1]):
+        scores[part] = fitted_elsewhere.score(world.stream[part])
+    return scores, fits[0], world.stream[cut:]
 
 
 def filtered(
@@ -175,16 +197,17 @@ def within(scores: np.ndarray, strata: np.ndarray) -> np.ndarray:
     return ranks
 
 
-def _gate(proxy, scorer, world, config, target, rate) -> dict[str, Any]:
-    """What the product's gate chooses, on label windows that the scorer has not seen."""
+def _gate(proxy, scorer, windows: np.ndarray, config, world) -> dict[str, Any]:
+    """What the product's gate chooses, on windows that the scorer has not seen."""
+    from bench.worlds import target_of
     from metagrad_filter.calibration.gate import run_gate
     from metagrad_filter.calibration.source import WindowSource
 
-    source = WindowSource(world.label_pool[FITTED:])
+    source = WindowSource(windows)
     result = run_gate(
         proxy,
         scorer,
-        target.gate_metric(proxy.loss),
+        target_of(world).gate_metric(proxy.loss),
         source,
         np.arange(len(source)),
         config,
@@ -195,22 +218,31 @@ def _gate(proxy, scorer, world, config, target, rate) -> dict[str, Any]:
 
 def table(record: dict[str, Any]) -> str:
     """Gains over random as a Markdown table, with one-sided 95 % lower bounds over seeds."""
-    lines = [
-        "| selection | " + " | ".join(f"keep {keep}" for keep in record["keep"]) + " |",
-        "|---|" + "---:|" * len(record["keep"]),
+    columns = [
+        (f"{name}, keep {keep}", part)
+        for name, world in record["worlds"].items()
+        for keep, part in world["keep"].items()
     ]
-    names = list(next(iter(record["keep"].values()))["losses"])
+    lines = [
+        "| selection | " + " | ".join(title for title, _ in columns) + " |",
+        "|---|" + "---:|" * len(columns),
+    ]
+    names = [name for name in columns[0][1]["losses"] if name != "random"]
     for name in names:
-        if name == "random":
-            continue
         cells = []
-        for part in record["keep"].values():
+        for _, part in columns:
             if name not in part["losses"]:
-                cells.append("random")
+                cells.append("")
                 continue
             mean, bound = gain(part["losses"]["random"], part["losses"][name])
             cells.append(f"{mean:+.4f} (≥ {bound:+.4f})")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += [""] + [
+        f"{name}: split-half reliability of the labels over disjoint target windows "
+        f"{world['reliability']:.2f}, rank correlation of the scorer "
+        f"{world['rank_correlation']:.2f}."
+        for name, world in record["worlds"].items()
+    ]
     return "\n".join(lines)
 
 

@@ -104,17 +104,15 @@ def mixture() -> BenchWorld:
 
 
 def on_target() -> BenchWorld:
-    """The target's own windows of `mixture`; the label pool holds those of its base."""
+    """The target's own windows of `mixture`; labels come from the stream itself."""
     whole = mixture()
-    classes = data.build_world(length=LENGTH, vocab_size=VOCAB).classes
-    seen = whole.base[classes[: len(whole.base)] == data.ON_TARGET]
     stream = whole.stream[whole.classes == data.ON_TARGET]
     return replace(
         whole,
         name="on_target",
         stream=stream,
         classes=np.zeros(len(stream), np.int64),
-        label_pool=seen,
+        label_pool=stream,
     )
 
 

@@ -155,6 +155,7 @@ def test_the_loops_compute_what_the_reference_computes_at_length(problem):
     loops_differ(problem)
 
 
+@settings(max_examples=15)
 @given(
     st.none() | st.integers(0, 30),
     st.none() | st.integers(0, 30),

@@ -49,7 +49,8 @@ def publish(run_dir, seed=1, **fields):
 
 
 class Stream:
-    """A filter's records of normal scores, written as the hot lane writes them."""
+    """A filter's records, written as the hot lane writes them: scores are spread as the version's
+    reference says, or normal where it has none."""
 
     def __init__(self, run_dir, name="train", version=1):
         self.run_dir, self.name, self.version, self.block = run_dir, name, version, 0
@@ -61,8 +62,13 @@ class Stream:
             scorer = mgf.Registry(self.run_dir).load(self.version)
         except mgf.ScorerRejected:
             scorer = None
+        reference = None if scorer is None else scorer.metadata.get("reference")
         for _ in range(blocks):
-            scores = (self.rng.normal(size=BLOCK) + shift).astype(np.float32)
+            scores = self.rng.normal(size=BLOCK)
+            if reference is not None:
+                levels = np.linspace(0, 1, len(reference))
+                scores = np.interp(self.rng.random(BLOCK), levels, reference)
+            scores = (scores + shift).astype(np.float32)
             self.statistics.block(
                 block=self.block,
                 version=self.version,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -70,7 +71,7 @@ def attention(
     segments = () if segment_ids is None else (_segments(segment_ids, q, k),)
     pattern = _pattern(q.shape[-1], causal, window, scale)
     static = {"pattern": pattern, "implementation": choose(implementation)}
-    run = functools.partial(_plain if q.dtype.itemsize > 2 else _narrow, static)
+    run: Callable[..., Any] = functools.partial(_plain if q.dtype.itemsize > 2 else _narrow, static)
     sharding = jax.typeof(q).sharding
     if sharding.mesh.explicit_axes:
         # Where types carry shardings, the compiler splits the primitives as it does elsewhere.

@@ -116,7 +116,14 @@ def _divisor(count: int, most: int) -> int:
 class _Group:
     """One primitive for the heads that share the loops over tiles; arguments as in `run`."""
 
-    def __init__(self, name: str, pattern: Pattern, operands: Sequence[jax.Array], rows, columns):
+    def __init__(
+        self,
+        name: str,
+        pattern: Pattern,
+        operands: Sequence[jax.Array],
+        rows: tuple[int, int],
+        columns: tuple[int, int],
+    ):
         self.name, self.pattern = name, pattern
         self.kinds, self.outputs = OPERANDS[name]
         self.operands = operands[: len(self.kinds)]
@@ -163,7 +170,7 @@ class _Group:
 
     def run(self) -> list[jax.Array]:
         laid = [self._lay(kind, i, x) for i, (kind, x) in enumerate(zip(self.kinds, self.operands))]
-        ids = [self._lay_ids(*axis, s) for s in self.segments for axis in (self.rows, self.columns)]
+        ids = [self._lay_ids(*x, s) for s in self.segments for x in (self.rows, self.columns)]
         starts, stops = self._bounds(ids)
         mine = [x for kind, x in zip(self.kinds, laid) if kind != "k"]
         theirs = [x for kind, x in zip(self.kinds, laid) if kind == "k"]

@@ -30,7 +30,7 @@ def partitioned(name: str, run: Callable[..., Any], operands: Sequence[jax.Array
     heads = "k" if groups == 1 else "(k g)"
     terms = [", ".join(_AXES[kind].format(h=heads) for kind in side) for side in (kinds, outputs)]
     whole = ("s", "d", "t") if groups == 1 else ("s", "g", "d", "t")
-    sizes = {} if groups == 1 else {"g": groups}
+    sizes: dict[str, Any] = {} if groups == 1 else {"g": groups}
 
     def local(*operands):
         return tuple(run(*operands))
