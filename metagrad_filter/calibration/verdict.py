@@ -19,7 +19,8 @@ everywhere: in the round's report, in `rejected-<n>.json`, in `inspect` and on t
 
 A candidate that is as good as the running version replaces it: it was made where training stands
 now, the other one ages, and refreshed versions select as well as first ones. What it may not be is
-clearly worse (by `gate_margin` standard errors), or less than `gate_preserved` of the running
+clearly worse (by `gate_margin` standard errors and a twentieth of the running version's gain), or
+less than `gate_preserved` of the running
 version's gain, both as measured now in the same runs, so that a chain of replacements cannot lead
 down by more than noise hides in one of them. And uniform replaces a version only where it is
 clearly better: one round without a gain is not a reason to stop filtering.
@@ -38,6 +39,9 @@ from typing import Any
 from metagrad_filter.calibration.config import CalibrationConfig
 from metagrad_filter.calibration.gate import GateResult, json_strength
 from metagrad_filter.errors import NonFiniteMetagradient, TrajectoryDiverged
+
+# Of the running version's gain: a smaller lead is not worth an older version.
+_NEGLIGIBLE = 0.05
 
 PUBLISHED = "published"
 UNIFORM_BEATS_RUNNING = "uniform_beats_running"
@@ -175,7 +179,9 @@ def _against_running(gate: GateResult, config: CalibrationConfig) -> Verdict | N
     if running is None or running.harmful or running.lead is None:
         return None
     lead, gain = running.lead, running.gain
-    worse = lead.mean < -config.gate_margin * lead.standard_error
+    worse = lead.mean < -max(
+        config.gate_margin * lead.standard_error, _NEGLIGIBLE * max(gain.mean, 0.0)
+    )
     # Where the running version gains nothing there is nothing to preserve.
     little = best.gain < config.gate_preserved * max(gain.mean, 0.0)
     if not worse and not little:
