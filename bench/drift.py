@@ -33,6 +33,8 @@ from typing import Any
 
 import numpy as np
 
+from bench.readme import README, replaced
+
 RECORD = Path(__file__).parent / "records" / "drift.json"
 
 SEEDS = 1
@@ -393,8 +395,18 @@ def table(record: dict[str, Any]) -> str:
             f"{agreement['before']:.2f} / {agreement['stale']:.2f} / {agreement['answered']:.2f} | "
             f"{losses['live']:.4f} / {losses['stale']:.4f} / {losses['random']:.4f} |"
         )
-    quiet = record["quiet"]
+    quiet, target = record["quiet"], record["target"]
+    found = [
+        f"{entry['agreement']['rho']:.2f} at block {entry['block']}"
+        for entry in target["rounds"]
+        if entry["agreement"]
+    ]
+    raised = [a["kind"] for a in target["raised"] if a["state"] == "raised"]
     lines += [
+        "",
+        f"The target becomes news at block {record['config']['before_blocks']}: the running "
+        f"version's agreement with fresh labels was {', '.join(found)}; alarms raised: "
+        f"{', '.join(raised) or 'none'}.",
         "",
         f"{len(quiet['alarms'])} alarms in {quiet['windows']:,} windows without a change.",
     ]
@@ -408,7 +420,9 @@ def main(arguments: list[str]) -> None:
         from bench.worlds import write_record
 
         write_record(RECORD, measure())
-    print(table(json.loads(RECORD.read_text())))
+    text = table(json.loads(RECORD.read_text()))
+    README.write_text(replaced(README.read_text(), "drift-table", text))
+    print(text)
 
 
 if __name__ == "__main__":

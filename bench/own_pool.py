@@ -34,6 +34,8 @@ from typing import Any
 
 import numpy as np
 
+from bench.readme import README, replaced
+
 RECORD = Path(__file__).parent / "records" / "own_pool.json"
 
 SEEDS, KEEP = 3, (0.5, 0.25)
@@ -262,7 +264,9 @@ def main(arguments: list[str]) -> None:
         from bench.worlds import write_record
 
         write_record(RECORD, measure())
-    print(table(json.loads(RECORD.read_text())))
+    text = table(json.loads(RECORD.read_text()))
+    README.write_text(replaced(README.read_text(), "own-pool-table", text))
+    print(text)
 
 
 if __name__ == "__main__":

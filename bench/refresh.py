@@ -34,6 +34,8 @@ from typing import Any
 
 import numpy as np
 
+from bench.readme import README, replaced
+
 RECORD = Path(__file__).parent / "records" / "refresh.json"
 
 SEEDS, INTERVALS, INTERVAL_STEPS, KEEP = 3, 4, 244, 0.25
@@ -293,7 +295,9 @@ def main(arguments: list[str]) -> None:
         from bench.worlds import write_record
 
         write_record(RECORD, measure())
-    print(table(json.loads(RECORD.read_text())))
+    text = table(json.loads(RECORD.read_text()))
+    README.write_text(replaced(README.read_text(), "refresh-table", text))
+    print(text)
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ def test_the_newest_windows_are_those_of_the_highest_blocks(tmp_path):
     assert len(pickle.loads(pickle.dumps(found))) == 25
     assert len(SpooledWindows(tmp_path, newest=100)) == 40
     for wrong in (0, -1, 2.0, True):
-        with pytest.raises(ConfigError, match="newest=.*windows >= 1"):
+        with pytest.raises(ConfigError, match=r"newest=.*windows >= 1"):
             SpooledWindows(tmp_path, newest=wrong)
 
 
