@@ -355,7 +355,7 @@ def _quiet(pools: _Pools, scorer) -> dict[str, Any]:
             len(good) + rng.integers(0, len(news), total),
         )
         ds = mgf.score_filter(
-            grain.MapDataset.source(index)
+            grain.MapDataset.source(index.tolist())
             .map(lambda i: {"tokens": every[i]})
             .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=64)),
             folder,

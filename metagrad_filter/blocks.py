@@ -236,7 +236,6 @@ class Watched:
             sink = exported()
             if sink is None:
                 return
-            usable = scores is not None and len(kept) > 0
             export_block(
                 sink,
                 block=block,
@@ -245,7 +244,7 @@ class Watched:
                 windows=windows,
                 sources=sources,
                 tokens=0 if sample is None else self._config.windows.stack([sample]).shape[1],
-                threshold=float(np.min(scores[kept])) if usable else None,
+                threshold=None if scores is None or not len(kept) else float(scores[kept].min()),
                 target=float(self._config.keep_ratio),
                 seconds=seconds,
             )
