@@ -16,9 +16,8 @@ of the stream. Gain is random's report loss minus the method's, nats per token, 
 Labels: T=96, the trajectories of one half measured on one half of the target, those of the other on
 the other; so split-half says what is left where the target windows are new ones.
 
-* probe: the labels of the stream itself: hard top-k, Gumbel top-k, divided by the frozen gradient
-  norm, reversed (a sanity check), and stratified: as many of each fifth of the base's loss, so that
-  nothing is gained or lost by taking easier or harder windows.
+* probe: the labels of the stream itself: hard top-k, Gumbel top-k, and stratified: as many of each
+  fifth of the base's loss, so that nothing is gained or lost by taking easier or harder windows.
 * distilled: the default scorer, each half of the stream scored by the other half's fit (`pool`: by
   a fit on 40,000 other windows); gated: at the strength that the gate chooses, 0 being random.
 * RHO-loss, low perplexity: from the base and a reference tuned on the target windows.
@@ -41,19 +40,16 @@ RECORD = Path(__file__).parent / "records" / "own_pool.json"
 SEEDS, KEEP = 3, (0.5, 0.25)
 HORIZON, TRAJECTORIES = 96, 4
 FITTED, BLOCK = 40_000, 512
-GUMBEL = (0.5, 2.0)
+GUMBEL = (0.5,)
 GATE_PAIRS = 4
 
 
-def measure() -> dict[str, Any]:
-    """Runs both worlds; JSON types only."""
-    from bench.worlds import environment, on_target, pool
+def measure() -> None:
+    """Runs both worlds; what is measured is stored as it comes."""
+    from bench.worlds import environment, on_target, pool, write_record
 
-    return {
-        "worlds": {
-            "on_target": _world(on_target(), KEEP, rivals=True),
-            "pool": _world(pool(), KEEP[:1], rivals=False),
-        },
+    record: dict[str, Any] = {
+        "worlds": {},
         "config": {
             "seeds": SEEDS,
             "horizon": HORIZON,
@@ -63,12 +59,18 @@ def measure() -> dict[str, Any]:
         },
         "environment": environment(),
     }
+    for world, keeps, rivals in ((on_target(), KEEP, True), (pool(), KEEP[:1], False)):
+
+        def store(found: dict[str, Any], name: str = world.name) -> None:
+            record["worlds"][name] = found
+            write_record(RECORD, record)
+
+        _world(world, keeps, store, rivals=rivals)
 
 
-def _world(world, keeps: tuple[float, ...], *, rivals: bool) -> dict[str, Any]:
+def _world(world, keeps: tuple[float, ...], store, *, rivals: bool) -> None:
     from bench.worlds import BATCH, LIVE, arm, base_proxy, labelled, losses, report_loss, say
     from metagrad_filter.calibration.config import CalibrationConfig
-    from metagrad_filter.calibration.estimators.windows import gradient_norms
     from metagrad_filter.demo.rivals import tuned_reference
     from metagrad_filter.labels import split_half_reliability
     from metagrad_filter.statistics import rank_correlation
@@ -106,11 +108,8 @@ def _world(world, keeps: tuple[float, ...], *, rivals: bool) -> dict[str, Any]:
         )
         rho = base - losses(proxy, world.stream, reference[0])
         correlations["RHO-loss"] = rank_correlation(probe, rho)
-        norms = gradient_norms(proxy.loss, proxy.params, world.stream)
         methods |= {
-            "probe / gradient norm": (probe / norms, math.inf),
             "probe, stratified": (within(probe, strata), math.inf),
-            "probe reversed": (-probe, math.inf),
             "RHO-loss": (rho, math.inf),
             "low perplexity": (-base, math.inf),
         }
@@ -143,15 +142,17 @@ def _world(world, keeps: tuple[float, ...], *, rivals: bool) -> dict[str, Any]:
         same = {0.0: "random", 0.5: "distilled, Gumbel 0.5", math.inf: "distilled"}
         results["gated"] = results[same[strength]]
         found[str(keep)] = {"losses": results, "steps": steps, "gate": gate}
-    return {
-        "keep": found,
-        "reliability": reliability,
-        "rank_correlation": rank_correlation(distilled, probe),
-        "label_correlations": correlations,
-        "base_loss": report_loss(world, proxy, proxy.params),
-        "stream_windows": count,
-        "target_windows": len(world.target),
-    }
+        store(
+            {
+                "keep": found,
+                "reliability": reliability,
+                "rank_correlation": rank_correlation(distilled, probe),
+                "label_correlations": correlations,
+                "base_loss": report_loss(world, proxy, proxy.params),
+                "stream_windows": count,
+                "target_windows": len(world.target),
+            }
+        )
 
 
 def _distilled(world, labels: np.ndarray, other: np.ndarray):
@@ -261,9 +262,7 @@ def main(arguments: list[str]) -> None:
     if arguments not in ([], ["--table"]):
         sys.exit(f"bench.own_pool: unknown arguments {arguments}; expected none or --table")
     if not arguments:
-        from bench.worlds import write_record
-
-        write_record(RECORD, measure())
+        measure()
     text = table(json.loads(RECORD.read_text()))
     README.write_text(replaced(README.read_text(), "own-pool-table", text))
     print(text)

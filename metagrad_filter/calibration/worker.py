@@ -94,7 +94,9 @@ def start_worker(
 ) -> Iterator[BackgroundCalibration]:
     """Spawns the worker; see `Calibrator.background`."""
     context = mp.get_context("spawn")
-    stop, leaving = context.Event(), context.Event()
+    # Pipes, for an Event that a killed process waited on blocks whoever sets it.
+    stop, say_stop = context.Pipe(duplex=False)
+    leaving, say_leaving = context.Pipe(duplex=False)
     error_path = calibrator.run_dir / "rounds" / "worker-error.txt"
     error_path.unlink(missing_ok=True)
     try:
@@ -109,7 +111,7 @@ def start_worker(
         ) from error
     process = context.Process(
         target=_work,
-        args=(payload, stop, leaving, error_path, os.getpid()),
+        args=(payload, stop, say_leaving, error_path, os.getpid()),
         kwargs={
             "schedule": schedule,
             "monitor": monitor,
@@ -120,6 +122,8 @@ def start_worker(
         daemon=True,
     )
     process.start()
+    stop.close()
+    say_leaving.close()
     try:
         yield BackgroundCalibration(process, calibrator, error_path)
     finally:
@@ -131,13 +135,18 @@ def start_worker(
                 RuntimeWarning,
                 stacklevel=4,
             )
-        stop.set()
+        # Said as well as closed, for processes that were forked meanwhile hold the pipe open too.
+        with suppress(OSError):
+            say_stop.send_bytes(b"stop")
+        say_stop.close()
         process.join(_STOP_SECONDS)
-        if leaving.is_set():
+        # Said, or closed by the end of the process.
+        if leaving.poll():
             process.join(_LEAVE_SECONDS)
         if process.is_alive():
             process.kill()
             process.join()
+        leaving.close()
 
 
 def _work(
@@ -152,8 +161,9 @@ def _work(
     limits: Limits,
     wait_seconds: float,
 ) -> None:
-    def ended() -> bool:
-        return stop.is_set() or os.getppid() != parent
+    # Never read, so that it stays readable; it also is when the parent has closed its side or died.
+    def ended(seconds: float = 0.0) -> bool:
+        return stop.poll(seconds) or os.getppid() != parent
 
     try:
         limits.apply()
@@ -166,7 +176,7 @@ def _work(
         loop = Watch(calibrator, schedule, monitor=monitor, lease=lease)
 
         def follow_the_parent() -> None:
-            while not stop.wait(_PARENT_SECONDS) and not ended():
+            while not ended(_PARENT_SECONDS):
                 pass
             loop.stop()
 
@@ -176,4 +186,6 @@ def _work(
         error_path.write_text(traceback.format_exc())
         raise
     finally:
-        leaving.set()
+        # A parent that is gone does not hear it.
+        with suppress(OSError):
+            leaving.send_bytes(b"leaving")
