@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import metagrad_filter as mgf
-from bench import drift, loader, metagradients, throughput
+from bench import drift, loader, metagradients, refresh, throughput
 from bench.demo import RECORD, with_table
 from bench.readme import README, replaced
 from metagrad_filter.proxy import DecoderConfig, DecoderLoss, init_decoder
@@ -77,7 +77,12 @@ def test_the_metagradients_tables_are_the_record():
 
 @pytest.mark.parametrize(
     ("module", "name"),
-    [(throughput, "throughput-table"), (loader, "loader-table"), (drift, "drift-table")],
+    [
+        (throughput, "throughput-table"),
+        (loader, "loader-table"),
+        (drift, "drift-table"),
+        (refresh, "refresh-table"),
+    ],
 )
 def test_the_cost_tables_are_the_records(module, name):
     readme, record = README.read_text(), json.loads(module.RECORD.read_text())
