@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import metagrad_filter as mgf
-from bench import drift, loader, metagradients, refresh, throughput
+from bench import drift, loader, metagradients, own_pool, refresh, throughput
 from bench.demo import RECORD, with_table
 from bench.readme import README, replaced
 from metagrad_filter.proxy import DecoderConfig, DecoderLoss, init_decoder
@@ -82,6 +82,7 @@ def test_the_metagradients_tables_are_the_record():
         (loader, "loader-table"),
         (drift, "drift-table"),
         (refresh, "refresh-table"),
+        (own_pool, "own-pool-table"),
     ],
 )
 def test_the_cost_tables_are_the_records(module, name):
