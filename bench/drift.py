@@ -9,7 +9,7 @@ them, rounds of `Calibrator` from the spooled windows and the parameters of the 
 filter and calibration take turns in one process, so that delays are counted in blocks.
 
 * pool: the stream (mixture world) holds 40 % PubMed of 1976-79, the target, and 60 % BBC news. At
-  block 48 two thirds of the news give way to PubMed windows whose tokens were shuffled by pairs and
+  block 48 two thirds of the news give way to PubMed windows whose tokens were shuffled within
   fours, a kind of damage that no scorer has seen. Arms from the same parameters at the switch: live
   (answers alarms), stale (the first version for ever), random.
 * target: the same stream, but at block 48 the target becomes BBC news. The stream's statistics
@@ -62,7 +62,7 @@ def measure() -> dict[str, Any]:
 
     world = mixture()
     proxy = base_proxy(world)
-    pools = _pools(world)
+    pools = _Pools(world)
     switches = [_pool_switch(world, proxy, pools, seed) for seed in range(SEEDS)]
     return {
         "pool": [part for part, _ in switches],
@@ -88,11 +88,13 @@ class _Pools:
         everything = np.concatenate([world.stream, world.base])
         classes = np.concatenate([world.classes, _classes_of_base(world)])
         good, news = everything[classes == 0], everything[classes == 1]
-        self.live = {"good": good[:12_000], "news": news[:18_000]}
+        self.live = {"good": good[:12_000], "news": news[:16_000]}
         self.quiet = {"good": good[12_000:22_000], "news": news[18_000:]}
         self.judge = {"good": good[22_000:24_000], "news": news[16_000:18_000]}
-        # Its sources are windows of no other part.
-        self.damaged = _damaged(good[24_000:])
+        # Their sources are windows of no other part.
+        damaged = _damaged(good[24_000:])
+        kept_back = int(0.4 * JUDGED)
+        self.damaged, self.judge["damaged"] = damaged[:-kept_back], damaged[-kept_back:]
 
     def blocks(self, rng: np.random.Generator, count: int, switched: bool) -> np.ndarray:
         """`(count x 512, 65)` windows of the stream before or after the switch."""
@@ -115,13 +117,9 @@ class _Pools:
             [
                 self.judge["good"][: int(0.4 * JUDGED)],
                 self.judge["news"][: int(news * JUDGED)],
-                self.damaged[-int(bad * JUDGED) :][: int(bad * JUDGED)],
+                self.judge["damaged"][: int(bad * JUDGED)],
             ]
         )
-
-
-def _pools(world) -> _Pools:
-    return _Pools(world)
 
 
 def _classes_of_base(world) -> np.ndarray:
@@ -132,7 +130,7 @@ def _classes_of_base(world) -> np.ndarray:
 
 
 def _damaged(windows: np.ndarray) -> np.ndarray:
-    """Pairs swapped, then fours shuffled: local order is lost, the words stay."""
+    """Tokens shuffled within fours: local order is lost, the words stay."""
     rng = np.random.default_rng(5)
     out = windows.copy()
     body = out[:, 1:].reshape(len(out), -1, 4)
