@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 from bench.readme import README, RECORDS, ROOT, replaced
+from bench.record import write_record
 
 RECORD = RECORDS / "demo.json"
 
@@ -53,8 +54,7 @@ def main(arguments: list[str]) -> None:
         from metagrad_filter.demo.run import run_demo
 
         results = run_demo(DemoConfig(out=ROOT / "demo"), progress=_line)
-        RECORD.parent.mkdir(parents=True, exist_ok=True)
-        RECORD.write_text(json.dumps(results, indent=1) + "\n")
+        write_record(RECORD, results)
     README.write_text(with_table(README.read_text(), json.loads(RECORD.read_text())))
 
 

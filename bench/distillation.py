@@ -39,6 +39,8 @@ from typing import Any
 
 import numpy as np
 
+from bench.record import environment, say, write_record
+
 RECORD = Path(__file__).parent / "records" / "distillation.json"
 
 COUNTS = (2000, 8000, 32_000, 120_000)
@@ -54,7 +56,7 @@ Predict = Callable[[np.ndarray], np.ndarray]
 def measure() -> dict[str, Any]:
     """Labels 133,824 windows, then fits and judges; JSON types only."""
     from bench.refresh import BASE_STEPS
-    from bench.worlds import VOCAB, base_proxy, dirty, environment, labelled, losses, say
+    from bench.worlds import VOCAB, base_proxy, dirty, labelled, losses
     from metagrad_filter.labels import gaussian_ranks, split_half_reliability
     from metagrad_filter.scorer.fit import fit_scorer
 
@@ -433,8 +435,6 @@ def main(arguments: list[str]) -> None:
     if arguments not in ([], ["--table"]):
         sys.exit(f"bench.distillation: unknown arguments {arguments}; expected none or --table")
     if not arguments:
-        from bench.worlds import write_record
-
         write_record(RECORD, measure())
     print(table(json.loads(RECORD.read_text())))
 

@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 
 from bench.readme import README, replaced
+from bench.record import environment, say, write_record
 
 RECORD = Path(__file__).parent / "records" / "drift.json"
 
@@ -58,7 +59,7 @@ NEWEST = 8192
 
 def measure() -> dict[str, Any]:
     """Runs the three parts; JSON types only."""
-    from bench.worlds import base_proxy, environment, mixture
+    from bench.worlds import base_proxy, mixture
 
     world = mixture()
     proxy = base_proxy(world)
@@ -178,7 +179,6 @@ class _Live:
     def calibrate(self, reason: str) -> dict[str, Any]:
         """A round from the spooled windows and the parameters of the moment."""
         import metagrad_filter as mgf
-        from bench.worlds import say
 
         if self.calibrator is None:
             self.calibrator = mgf.Calibrator(
@@ -228,7 +228,7 @@ def _short(report: dict[str, Any]) -> dict[str, Any]:
 
 def _pool_switch(world, proxy, pools: _Pools, seed: int):
     """Before and after a change of the pool; returns the record and the first version's scorer."""
-    from bench.worlds import at, report_loss, say, target_of
+    from bench.worlds import report_loss, target_of
     from metagrad_filter.registry import Registry
 
     rng = np.random.default_rng([23, seed])
@@ -252,8 +252,8 @@ def _pool_switch(world, proxy, pools: _Pools, seed: int):
     for name, scorer in (("stale", first), ("random", None)):
         params = _continue(proxy, switch, after, scorer, seed)
         arms[name] = report_loss(world, proxy, params)
-    before = _agreement(world, at(proxy, *_start(proxy)), pools, False, [first])
-    stale, answered = _agreement(world, at(proxy, *end), pools, True, [first, last])
+    before = _agreement(world, proxy.at(*_start(proxy)), pools, False, [first])
+    stale, answered = _agreement(world, proxy.at(*end), pools, True, [first, last])
     later = [block for block, line in alarms if block > BEFORE and "limit" in line]
     answers = [r for r in rounds if r["block"] > BEFORE]
     published = [i + 1 for i, r in enumerate(answers) if r["version"] is not None]
@@ -337,7 +337,6 @@ def _quiet(pools: _Pools, scorer) -> dict[str, Any]:
     import grain
 
     import metagrad_filter as mgf
-    from bench.worlds import say
     from metagrad_filter.calibration.attend import Attendant
 
     with tempfile.TemporaryDirectory() as folder:
@@ -415,8 +414,6 @@ def main(arguments: list[str]) -> None:
     if arguments not in ([], ["--table"]):
         sys.exit(f"bench.drift: unknown arguments {arguments}; expected none or --table")
     if not arguments:
-        from bench.worlds import write_record
-
         write_record(RECORD, measure())
     text = table(json.loads(RECORD.read_text()))
     README.write_text(replaced(README.read_text(), "drift-table", text))

@@ -27,6 +27,8 @@ from typing import Any
 
 import numpy as np
 
+from bench.record import environment, say, write_record
+
 RECORD = Path(__file__).parent / "records" / "estimators.json"
 
 SEEDS, KEEP = 2, 0.25
@@ -48,7 +50,7 @@ MODES = (
 
 def measure() -> dict[str, Any]:
     """Runs every mode from both bases; JSON types only."""
-    from bench.worlds import environment, mixture
+    from bench.worlds import mixture
 
     world = mixture()
     return {
@@ -69,7 +71,7 @@ def _base(world, kind: str) -> dict[str, Any]:
     import time
 
     from bench.own_pool import filtered
-    from bench.worlds import BATCH, VOCAB, arm, base_proxy, report_loss, say, target_of
+    from bench.worlds import BATCH, VOCAB, arm, base_proxy, report_loss, target_of
     from metagrad_filter.calibration.config import CalibrationConfig
     from metagrad_filter.calibration.estimators import Task, estimate
     from metagrad_filter.calibration.source import WindowSource
@@ -191,8 +193,6 @@ def main(arguments: list[str]) -> None:
     if arguments not in ([], ["--table"]):
         sys.exit(f"bench.estimators: unknown arguments {arguments}; expected none or --table")
     if not arguments:
-        from bench.worlds import write_record
-
         write_record(RECORD, measure())
     print(table(json.loads(RECORD.read_text())))
 

@@ -42,13 +42,13 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from bench.record import environment, write_record
 
 RECORD = Path(__file__).parent / "records" / "lds.json"
 
@@ -92,7 +92,7 @@ def measure() -> dict[str, Any]:
             "rival_passes": RIVAL_PASSES,
             "reference_steps": REFERENCE_STEPS,
         },
-        "environment": environment(),
+        "environment": environment("metagrad-filter", "jax", "flax", "optax", "numpy"),
         "seconds": round(time.monotonic() - started, 1),
     }
 
@@ -407,18 +407,6 @@ def _cell(row: dict[str, float], name: str) -> str:
     return f"{row[name]:>9.3f}   " + f"[{row['low']:.3f}, {row['high']:.3f}]".ljust(17)
 
 
-def environment() -> dict[str, Any]:
-    """Versions and machine of a record."""
-    packages = ("metagrad-filter", "jax", "flax", "optax", "numpy")
-    return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 1),
-    }
-
-
 def _falling(rate: float):
     import optax
 
@@ -461,8 +449,7 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"bench.lds: unknown arguments {arguments}; expected none or --table")
     if not arguments:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        RECORD.parent.mkdir(parents=True, exist_ok=True)
-        RECORD.write_text(json.dumps(measure(), indent=1) + "\n")
+        write_record(RECORD, measure())
     print(table(json.loads(RECORD.read_text())))
 
 

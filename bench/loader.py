@@ -42,6 +42,7 @@ from absl import flags
 import metagrad_filter as mgf
 from bench.loader_worker import measure_worker, sentences
 from bench.readme import README, replaced
+from bench.record import write_record
 from bench.throughput import VOCAB, environment, random_scorer, windows_of
 
 RECORD = Path(__file__).parent / "records" / "loader.json"
@@ -143,7 +144,7 @@ def measure(parts: Sequence[str] = PARTS) -> dict[str, Any]:
     # Read late, for the other part may have been measured meanwhile.
     stored = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     record = {"speed": [], "memory": None, "worker": None, **stored, **record, **found}
-    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    write_record(RECORD, record)
     return record
 
 

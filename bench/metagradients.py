@@ -45,6 +45,7 @@ import optax
 
 import metagrad_filter as mgf
 from bench.readme import README, RECORDS, replaced
+from bench.record import write_record
 from metagrad_filter.metagradient.adjoint import Metagradients
 from metagrad_filter.metagradient.memory import predict_memory, program_bytes
 from metagrad_filter.proxy import DecoderConfig, DecoderLoss, init_decoder
@@ -326,8 +327,7 @@ def main(arguments: list[str]) -> None:
             "device": jax.devices()[0].device_kind,
             "cpus": os.cpu_count(),
         }
-        RECORD.parent.mkdir(parents=True, exist_ok=True)
-        RECORD.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(RECORD, record)
 
     if not arguments or "--ratios" in arguments:
         measured = []

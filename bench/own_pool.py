@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 
 from bench.readme import README, replaced
+from bench.record import environment, say, write_record
 
 RECORD = Path(__file__).parent / "records" / "own_pool.json"
 
@@ -46,7 +47,7 @@ GATE_PAIRS = 4
 
 def measure() -> None:
     """Runs both worlds; what is measured is stored as it comes."""
-    from bench.worlds import environment, on_target, pool, write_record
+    from bench.worlds import on_target, pool
 
     record: dict[str, Any] = {
         "worlds": {},
@@ -69,7 +70,7 @@ def measure() -> None:
 
 
 def _world(world, keeps: tuple[float, ...], store, *, rivals: bool) -> None:
-    from bench.worlds import BATCH, LIVE, arm, base_proxy, labelled, losses, report_loss, say
+    from bench.worlds import BATCH, LIVE, arm, base_proxy, labelled, losses, report_loss
     from metagrad_filter.calibration.config import CalibrationConfig
     from metagrad_filter.demo.rivals import tuned_reference
     from metagrad_filter.labels import split_half_reliability
@@ -177,18 +178,17 @@ def filtered(
     scores: np.ndarray | None, order: np.ndarray, keep: float, strength: float, seed: int
 ) -> np.ndarray:
     """Positions of the ordered stream that a filter keeps, block by block."""
-    from metagrad_filter.selection import as_ratio, kept_before, select
+    from metagrad_filter.selection import keep_blocks
 
-    ratio, kept = as_ratio(keep), []
-    for block, first in enumerate(range(0, len(order), BLOCK)):
-        last = min(first + BLOCK, len(order))
-        quota = kept_before(last, ratio) - kept_before(first, ratio)
-        here = None if scores is None else scores[order[first:last]]
-        chosen = select(
-            here, last - first, quota, strength=strength, seed=seed, name="bench", block=block
-        )
-        kept.append(first + chosen)
-    return np.concatenate(kept)
+    return keep_blocks(
+        None if scores is None else scores[order],
+        len(order),
+        block_windows=BLOCK,
+        keep_ratio=keep,
+        strength=strength,
+        seed=seed,
+        name="bench",
+    )
 
 
 def within(scores: np.ndarray, strata: np.ndarray) -> np.ndarray:

@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 
 from bench.readme import README, replaced
+from bench.record import environment, say, write_record
 
 RECORD = Path(__file__).parent / "records" / "refresh.json"
 
@@ -61,7 +62,7 @@ OPTIONS: dict[str, Any] = {
 
 def measure() -> dict[str, Any]:
     """Runs every arm; JSON types only."""
-    from bench.worlds import PEAK, base_proxy, dirty, environment, report_loss, say
+    from bench.worlds import PEAK, base_proxy, dirty, report_loss
 
     world = dirty()
     proxy = base_proxy(world, "stable", steps=BASE_STEPS)
@@ -111,7 +112,7 @@ def measure() -> dict[str, Any]:
 def measure_frugal() -> dict[str, Any]:
     """A cheaper round, and short runs with its version; JSON types only."""
     import metagrad_filter as mgf
-    from bench.worlds import base_proxy, dirty, say
+    from bench.worlds import base_proxy, dirty
 
     world = dirty()
     run = _Run(world, base_proxy(world, "stable", steps=BASE_STEPS))
@@ -251,23 +252,17 @@ class _Run:
 
 def _kept(scores, order: np.ndarray, strength: float, seed: int, interval: int) -> np.ndarray:
     from bench.own_pool import BLOCK
-    from metagrad_filter.selection import as_ratio, kept_before, select
+    from metagrad_filter.selection import keep_blocks
 
-    ratio, kept = as_ratio(KEEP), []
-    for block, first in enumerate(range(0, len(order), BLOCK)):
-        last = min(first + BLOCK, len(order))
-        quota = kept_before(last, ratio) - kept_before(first, ratio)
-        chosen = select(
-            None if scores is None or not strength else scores[first:last],
-            last - first,
-            quota,
-            strength=strength,
-            seed=seed,
-            name=f"interval-{interval}",
-            block=block,
-        )
-        kept.append(first + chosen)
-    return np.concatenate(kept)
+    return keep_blocks(
+        scores,
+        len(order),
+        block_windows=BLOCK,
+        keep_ratio=KEEP,
+        strength=strength,
+        seed=seed,
+        name=f"interval-{interval}",
+    )
 
 
 def _steps(report: dict[str, Any]) -> float:
@@ -328,8 +323,6 @@ def main(arguments: list[str]) -> None:
     if arguments not in ([], ["--table"], ["--compute"]):
         sys.exit(f"bench.refresh: unknown arguments {arguments}; expected none or --table")
     if arguments != ["--table"]:
-        from bench.worlds import write_record
-
         # The first part is stored before the second begins.
         if not arguments:
             write_record(RECORD, measure())

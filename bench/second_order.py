@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import json
 import os
 import platform
 import statistics
@@ -41,6 +40,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from bench.record import write_record
 
 RECORD = Path(__file__).parent / "records" / "second_order.json"
 REPETITIONS, LOSS_REPETITIONS = 5, 2  # the largest loss takes half a minute a round
@@ -342,8 +343,7 @@ def main(arguments: list[str]) -> None:
             record[question] = measure(repetitions)
             print(f"{question}: done", file=sys.stderr, flush=True)
         record["environment"]["load_after"] = round(os.getloadavg()[0], 2)
-        RECORD.parent.mkdir(parents=True, exist_ok=True)
-        RECORD.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(RECORD, record)
     print(RECORD.read_text(), end="")
 
 

@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.lds import environment
+from bench.record import environment, write_record
 
 RECORD = Path(__file__).parent / "records" / "stability.json"
 
@@ -157,8 +157,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def _store(record: dict[str, Any]) -> None:
-    RECORD.parent.mkdir(parents=True, exist_ok=True)
-    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    write_record(RECORD, record)
 
 
 def _say(line: str) -> None:

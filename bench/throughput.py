@@ -50,6 +50,7 @@ import numpy as np
 
 from bench.peers.measure import EngineProcess
 from bench.readme import README, replaced
+from bench.record import processor, versions, write_record
 
 RECORD = Path(__file__).parent / "records" / "throughput.json"
 FASTTEXT = "METAGRAD_FILTER_FASTTEXT"
@@ -271,7 +272,7 @@ def measure() -> dict[str, Any]:
         for stream in STREAMS:
             for length in LENGTHS:
                 record["rows"] += _measure_one(stream, length, program, set(missing))
-                RECORD.write_text(json.dumps(record, indent=1) + "\n")
+                write_record(RECORD, record)
     return record
 
 
@@ -323,30 +324,16 @@ def _compile(folder: str) -> str | None:
 
 def environment() -> dict[str, Any]:
     """What the figures depend on."""
-    from importlib.metadata import PackageNotFoundError, version
-
     from metagrad_filter.kernels.scorer import available_isas
 
-    versions = {}
-    for package in ("numpy", "jax", "scikit-learn", "fasttext-predict", "data-selection"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
     return {
-        "cpu": cpu,
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "instruction_sets": available_isas(),
         "python": platform.python_version(),
-        "packages": versions,
+        "packages": versions(
+            ("numpy", "jax", "scikit-learn", "fasttext-predict", "data-selection")
+        ),
     }
 
 

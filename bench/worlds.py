@@ -20,14 +20,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
-import platform
-import time
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -35,6 +30,7 @@ import optax
 from safetensors.numpy import load_file, save_file
 
 import metagrad_filter as mgf
+from bench.record import say
 from metagrad_filter.adapters.text import (  # pyright: ignore[reportMissingImports]
     cut_windows,
     train_tokenizer,
@@ -345,39 +341,6 @@ def target_of(world: BenchWorld) -> mgf.HeldOutLoss:
 def losses(proxy: Proxy, windows: np.ndarray, params: PyTree = None) -> np.ndarray:
     """`(N,)` loss of each window, nats per token."""
     return window_losses(proxy.loss, proxy.params if params is None else params, windows)
-
-
-def environment() -> dict[str, Any]:
-    """What a record says of the machine and the packages."""
-    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "grain")
-    return {
-        "cpus": os.cpu_count(),
-        "processor": _processor(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-    }
-
-
-def write_record(path: Path, record: dict[str, Any]) -> None:
-    path.write_text(json.dumps(record, indent=1) + "\n")
-
-
-_BEGAN = time.monotonic()
-
-
-def say(line: str) -> None:
-    print(f"[{time.monotonic() - _BEGAN:6.0f} s] {line}", flush=True)
-
-
-def at(proxy: Proxy, params: PyTree, opt_state: PyTree) -> Proxy:
-    return replace(proxy, params=params, opt_state=opt_state)
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -185,6 +185,51 @@ def select(
     return np.sort(chosen).astype(np.int64)
 
 
+def keep_blocks(
+    scores: np.ndarray | None,
+    count: int,
+    *,
+    block_windows: int,
+    keep_ratio: Fraction | float,
+    strength: float = math.inf,
+    seed: int = 0,
+    name: str = "default",
+) -> np.ndarray:
+    """Positions that a filter keeps of windows in hand, block by block as the filter does.
+
+    Args:
+      scores: `(count,)` float, higher is better; None keeps uniformly, as strength 0 does.
+      count: number of windows; the last block may be shorter.
+      block_windows: windows that are ranked together.
+      keep_ratio: share that is kept, in (0, 1].
+      strength: `0 <= strength <= inf`.
+      seed: the run's seed.
+      name: the filter's name.
+
+    Returns:
+      `(floor(count * keep_ratio),)` int64 ascending positions.
+
+    Example:
+      >>> keep_blocks(np.array([1.0, 2.0, 4.0, 3.0]), 4, block_windows=2, keep_ratio=0.5)
+      array([1, 2])
+    """
+    ratio = as_ratio(keep_ratio)
+    kept = [np.zeros(0, np.int64)]
+    for block, first in enumerate(range(0, count, block_windows)):
+        last = min(first + block_windows, count)
+        chosen = select(
+            None if scores is None or not strength else scores[first:last],
+            last - first,
+            kept_before(last, ratio) - kept_before(first, ratio),
+            strength=strength,
+            seed=seed,
+            name=name,
+            block=block,
+        )
+        kept.append(first + chosen)
+    return np.concatenate(kept)
+
+
 def _smallest(
     costs: np.ndarray, k: int, groups: Sequence[tuple[np.ndarray, int]] = ()
 ) -> np.ndarray:

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import math
 import os
 import pickle
 import signal
@@ -25,7 +26,7 @@ from hypothesis import strategies as st
 import metagrad_filter as mgf
 from metagrad_filter.counting import FilterCounters, counters
 from metagrad_filter.errors import ConfigError, ScorerRejected, StateMismatch, WindowError
-from metagrad_filter.selection import kept_before
+from metagrad_filter.selection import keep_blocks, kept_before
 
 PATHS = ("map", "iter")
 WINDOWS = mgf.TextWindows("tokens")
@@ -110,6 +111,19 @@ def test_both_paths_choose_alike(tmp_path):
     assert indices(filtered(elements, tmp_path, "map")) == indices(
         filtered(elements, tmp_path, "iter", name="iter")
     )
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.5, math.inf])
+def test_windows_in_hand_are_kept_as_the_stream_keeps_them(tmp_path, strength):
+    elements, scorer = make_elements(395), make_scorer(1, strength=strength)
+    mgf.Registry(tmp_path).publish(scorer)
+    options = {"keep_ratio": 0.3, "block_windows": 20, "seed": 5, "name": "here"}
+    streamed = indices(filtered(elements, tmp_path, "map", **options))
+    scores = scorer.score(WINDOWS.stack(elements))
+    kept = keep_blocks(scores, len(elements), strength=strength, **options)
+    assert kept.tolist() == streamed
+    if not strength:
+        assert np.array_equal(keep_blocks(None, len(elements), **options), kept)
 
 
 @pytest.mark.parametrize("path", PATHS)

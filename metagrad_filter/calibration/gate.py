@@ -43,7 +43,7 @@ from metagrad_filter.metagradient.trajectory import run
 from metagrad_filter.proxy.proxy import Proxy
 from metagrad_filter.registry import Registry
 from metagrad_filter.scorer.artifact import StoredScorer
-from metagrad_filter.selection import as_ratio, kept_before, select
+from metagrad_filter.selection import as_ratio, keep_blocks
 from metagrad_filter.types import PyTree
 
 Metric = Callable[[PyTree], jax.Array]
@@ -290,7 +290,15 @@ def run_gate(
             seen.update(sources.tolist())
         for i, (scorer, strength) in enumerate(arms):
             own = scores[id(scorer)]
-            kept = _filtered(own, ratio, config.block_windows, strength, seed, pair)[:wanted]
+            kept = keep_blocks(
+                own,
+                len(windows),
+                block_windows=config.block_windows,
+                keep_ratio=ratio,
+                strength=strength,
+                seed=seed,
+                name=f"gate-{pair}",
+            )[:wanted]
             if sources is not None and i < len(held):
                 held[i].update(sources[kept].tolist())
             batches = windows[kept].reshape(
@@ -438,25 +446,6 @@ def draw(rng: np.random.Generator, pool: np.ndarray, count: int) -> np.ndarray:
     """`count` positions of `pool` in random order, each as often as any other (+- 1)."""
     rounds = -(-count // len(pool))
     return np.concatenate([rng.permutation(pool) for _ in range(rounds)])[:count]
-
-
-def _filtered(scores, ratio, block_windows, strength, seed, pair) -> np.ndarray:
-    """Positions that a filter of this strength keeps of consecutive blocks."""
-    kept = []
-    for block, first in enumerate(range(0, len(scores), block_windows)):
-        last = min(first + block_windows, len(scores))
-        quota = kept_before(last, ratio) - kept_before(first, ratio)
-        chosen = select(
-            scores[first:last] if strength else None,
-            last - first,
-            quota,
-            strength=strength,
-            seed=seed,
-            name=f"gate-{pair}",
-            block=block,
-        )
-        kept.append(first + chosen)
-    return np.concatenate(kept)
 
 
 @functools.lru_cache(maxsize=16)

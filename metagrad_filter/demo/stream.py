@@ -15,7 +15,7 @@ from metagrad_filter.demo.data import CLASS_NAMES, ON_TARGET
 from metagrad_filter.demo.training import State, continued_state, mean_window_loss, train
 from metagrad_filter.errors import WindowError
 from metagrad_filter.proxy.proxy import Proxy
-from metagrad_filter.selection import select
+from metagrad_filter.selection import keep_blocks
 from metagrad_filter.transform import score_filter
 from metagrad_filter.windows import TextWindows
 
@@ -74,20 +74,15 @@ def kept_by(
     scores: np.ndarray | None, order: np.ndarray, config: DemoConfig, *, seed: int
 ) -> np.ndarray:
     """Positions that a method keeps of the stream, block by block; None keeps a uniform choice."""
-    quota = round(config.block_windows * config.keep_ratio)
-    kept = []
-    for block, first in enumerate(range(0, len(order), config.block_windows)):
-        here = order[first : first + config.block_windows]
-        chosen = select(
-            None if scores is None else scores[here],
-            len(here),
-            quota,
-            seed=seed,
-            name="rival",
-            block=block,
-        )
-        kept.append(here[chosen])
-    return np.concatenate(kept)
+    kept = keep_blocks(
+        None if scores is None else scores[order],
+        len(order),
+        block_windows=config.block_windows,
+        keep_ratio=config.keep_ratio,
+        seed=seed,
+        name="rival",
+    )
+    return order[kept]
 
 
 def kept_on_target(classes: np.ndarray, order: np.ndarray, config: DemoConfig) -> np.ndarray:
