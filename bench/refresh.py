@@ -255,7 +255,7 @@ def _kept(scores, order: np.ndarray, strength: float, seed: int, interval: int) 
     from metagrad_filter.selection import keep_blocks
 
     return keep_blocks(
-        scores,
+        scores if strength else None,
         len(order),
         block_windows=BLOCK,
         keep_ratio=KEEP,

@@ -198,7 +198,7 @@ def keep_blocks(
     """Positions that a filter keeps of windows in hand, block by block as the filter does.
 
     Args:
-      scores: `(count,)` float, higher is better; None keeps uniformly, as strength 0 does.
+      scores: `(count,)` float, higher is better; None keeps uniformly.
       count: number of windows; the last block may be shorter.
       block_windows: windows that are ranked together.
       keep_ratio: share that is kept, in (0, 1].
@@ -218,7 +218,7 @@ def keep_blocks(
     for block, first in enumerate(range(0, count, block_windows)):
         last = min(first + block_windows, count)
         chosen = select(
-            None if scores is None or not strength else scores[first:last],
+            None if scores is None else scores[first:last],
             last - first,
             kept_before(last, ratio) - kept_before(first, ratio),
             strength=strength,

@@ -26,10 +26,10 @@ from metagrad_filter.calibration.round import (
     RoundReport,
     check_source,
     run_round,
-    vocabulary,
+    window_check,
 )
 from metagrad_filter.calibration.settings import Schedule
-from metagrad_filter.calibration.source import WindowCheck, WindowSource
+from metagrad_filter.calibration.source import WindowSource
 from metagrad_filter.calibration.validation import record_validation
 from metagrad_filter.calibration.validity import Kind, ValidityCheck, check_validity
 from metagrad_filter.calibration.worker import BackgroundCalibration, start_worker
@@ -93,7 +93,7 @@ class Calibrator:
             checkpoints = Checkpoints(str(checkpoints))
         self.checkpoints = checkpoints
         self.progress = progress or silent
-        check = WindowCheck(vocabulary(proxy, self.config), self.config.pad_id)
+        check = window_check(proxy, target, self.config)
         self.source = WindowSource(windows, elements, check, sources)
         for part in target.held_out:
             check(part.target_windows)
@@ -147,7 +147,7 @@ class Calibrator:
     def configure(self, **changes: Any) -> None:
         """Replaces fields of `config`; raises `ConfigError`, and leaves it as it was then."""
         config = replace(self.config, **changes)
-        self.source.check_with(WindowCheck(vocabulary(self.proxy, config), config.pad_id))
+        self.source.check_with(window_check(self.proxy, self.target, config))
         self.config = config
 
     def missing_windows(self) -> int:

@@ -291,7 +291,7 @@ def run_gate(
         for i, (scorer, strength) in enumerate(arms):
             own = scores[id(scorer)]
             kept = keep_blocks(
-                own,
+                own if strength else None,
                 len(windows),
                 block_windows=config.block_windows,
                 keep_ratio=ratio,

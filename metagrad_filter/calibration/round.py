@@ -31,7 +31,7 @@ from metagrad_filter.calibration.gate import (
     running_version,
 )
 from metagrad_filter.calibration.reference import Agreement, ReferencePool, agreement
-from metagrad_filter.calibration.source import WindowSource
+from metagrad_filter.calibration.source import SeriesCheck, WindowCheck, WindowSource
 from metagrad_filter.calibration.verdict import PUBLISHED, Facts, judge
 from metagrad_filter.calibration.warm import warm_moments, warmup_steps
 from metagrad_filter.errors import (
@@ -45,6 +45,7 @@ from metagrad_filter.labels import LabelStore, RoundLabels
 from metagrad_filter.proxy.proxy import Proxy
 from metagrad_filter.registry import Registry
 from metagrad_filter.scorer.fit import fit_scorer
+from metagrad_filter.scorer.artifact import StoredScorer
 from metagrad_filter.scorer.scorer import Scorer
 from metagrad_filter.targets import Target
 from metagrad_filter.types import Progress, silent
@@ -238,9 +239,7 @@ def run_round(
         scorer = fit_scorer(
             pooled.windows,
             pooled.values,
-            vocab_size=vocabulary(proxy, config),
-            seed=config.seed,
-            pad_id=config.pad_id,
+            **fit_options(proxy, target, config),
             weights=pooled.weights,
             # Raw windows of this round's stream that no round labels.
             reference=source.take(for_gate[:_REFERENCE_WINDOWS]),
@@ -253,9 +252,7 @@ def run_round(
                 own,
                 reducible,
                 config.mix_rho,
-                vocab_size=vocabulary(proxy, config),
-                seed=config.seed,
-                pad_id=config.pad_id,
+                fit_options(proxy, target, config),
             )
         found = replace(
             found, rho=replace(added, gradients=rho.gradients, seconds=clock.seconds["rho"])
@@ -287,7 +284,7 @@ def run_round(
 def _publish(
     found: RoundReport,
     facts: Facts,
-    scorer: Scorer,
+    scorer: StoredScorer,
     config: CalibrationConfig,
     registry: Registry,
 ) -> RoundReport:
@@ -441,6 +438,38 @@ def _target_hash(target: Target, source: WindowSource, config: CalibrationConfig
     if kind != ("metagradient", False, 0.0):
         digest.update(str(kind).encode())
     return digest.hexdigest()
+
+
+def reads_series(target: Target) -> bool:
+    """Whether windows are time series: those of the target are floats."""
+    return np.issubdtype(target.target_windows.dtype, np.floating)
+
+
+def window_check(
+    proxy: Proxy, target: Target, config: CalibrationConfig
+) -> WindowCheck | SeriesCheck:
+    """What every window of the source has to pass, by the kind of the target's windows.
+
+    Raises:
+      ConfigError: windows are text, and nothing names the vocabulary size.
+      WindowError: the target's windows are floats that are no series.
+    """
+    if not reads_series(target):
+        return WindowCheck(vocabulary(proxy, config), config.pad_id)
+    check = SeriesCheck(target.target_windows.shape[-1])
+    check(target.target_windows)
+    return check
+
+
+def fit_options(proxy: Proxy, target: Target, config: CalibrationConfig) -> dict[str, Any]:
+    """How `fit_scorer` is called for windows of the target's kind."""
+    if reads_series(target):
+        return {"kind": "series", "seed": config.seed}
+    return {
+        "vocab_size": vocabulary(proxy, config),
+        "seed": config.seed,
+        "pad_id": config.pad_id,
+    }
 
 
 def vocabulary(proxy: Proxy, config: CalibrationConfig) -> int:

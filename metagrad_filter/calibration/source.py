@@ -33,6 +33,25 @@ class WindowCheck:
             check_ids(windows, self.vocab_size, pad_id=self.pad_id)
 
 
+@dataclass(frozen=True)
+class SeriesCheck:
+    """Refuses windows that are not series of so many channels.
+
+    Attributes:
+      channels: C of `(N, T, C)`.
+    """
+
+    channels: int
+
+    def __call__(self, windows: np.ndarray) -> None:
+        """Raises `WindowError` that says what was seen."""
+        if windows.ndim != 3 or windows.dtype.kind != "f" or windows.shape[2] != self.channels:
+            raise WindowError(
+                f"windows are {windows.dtype}{windows.shape}; expected float32 (N, T, "
+                f"{self.channels}), as the target's windows are."
+            )
+
+
 class WindowSource:
     """Random access to raw (unfiltered) windows.
 
@@ -54,7 +73,7 @@ class WindowSource:
         self,
         windows: Any,
         elements: TextWindows | SeriesWindows | None = None,
-        check: WindowCheck | None = None,
+        check: WindowCheck | SeriesCheck | None = None,
         sources: Sequence[str] | np.ndarray | str | None = None,
     ):
         if (
@@ -143,7 +162,7 @@ class WindowSource:
             names.append(str(element[self._sources]))
         return np.array(names)
 
-    def check_with(self, check: WindowCheck) -> None:
+    def check_with(self, check: WindowCheck | SeriesCheck) -> None:
         """Applies another check to whatever is taken from now on."""
         self._check = check
 

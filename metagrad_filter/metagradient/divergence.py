@@ -115,6 +115,7 @@ def check_rise(
     before: float,
     after: float,
     most: float,
+    unit: float = 0.0,
     microbatch: int | None = None,
 ) -> None:
     """Refuses a trajectory at whose end the outer metric has risen by more than a share.
@@ -123,11 +124,13 @@ def check_rise(
       loss, optimizer, state, batches, weights, microbatch: of the trajectory.
       before, after: the outer metric at its start and at its end.
       most: share of `before` by which it may rise.
+      unit: least magnitude of `before` that a share is taken of; losses that cross zero, such as
+        the nats of a density, have one (`loss.unit`).
 
     Raises:
       TrajectoryDiverged: it rose by more; names the step after which the windows' loss jumped.
     """
-    if after <= before + most * abs(before):
+    if after <= before + most * max(abs(before), unit):
         return
     steps = list(_steps(loss, optimizer, microbatch, state, batches, weights))
     losses = np.stack([losses for _, losses, _ in steps])

@@ -96,6 +96,7 @@ def fit_scorer(
     *,
     kind: Literal["series"],
     seed: int = 0,
+    weights: np.ndarray | None = None,
     reference: np.ndarray | None = None,
 ) -> SeriesScorer: ...
 
@@ -123,7 +124,8 @@ def fit_scorer(
       windows: `(N, T)` int32 token ids, or `(N, T, C)` float32 series; N >= 50.
       labels: `(N,)` scores, higher is better.
       kind: "text" or "series".
-      vocab_size: ids lie in [0, vocab_size); the loader refuses others. Text only, like all below.
+      vocab_size: ids lie in [0, vocab_size); the loader refuses others. Text only, like what
+        follows, save `seed`, `weights` and `reference`.
       seed: of the hash, the split and the bag (series: of the split and its network).
       pad_id: id that pads windows and never counts.
       preset: "linear" (2^20 rows), "trigram" (the same with trigrams), or one that tries an
@@ -148,11 +150,9 @@ def fit_scorer(
       WindowError: windows or labels cannot be used; says what was seen.
     """
     if kind == "series":
-        if weights is not None:
-            raise ConfigError("weights are for kind='text'; fit a series scorer without.")
         from metagrad_filter.scorer.fit_series import fit_series
 
-        return fit_series(windows, labels, seed=seed, reference=reference)
+        return fit_series(windows, labels, seed=seed, weights=weights, reference=reference)
     if kind != "text":
         raise ConfigError(f"kind is {kind!r}, expected 'text' or 'series'.")
     if preset not in PRESETS:

@@ -27,8 +27,8 @@ from metagrad_filter.errors import WindowError
 from metagrad_filter.kernels.scorer import series  # pyright: ignore[reportMissingImports]
 from metagrad_filter.labels import gaussian_ranks
 from metagrad_filter.scorer.fit import (
-    distinct_windows,
     held_out,
+    merge_windows,
     reference_of,
 )
 from metagrad_filter.scorer.series import SeriesScorer
@@ -47,6 +47,7 @@ def fit_series(
     labels: np.ndarray,
     *,
     seed: int = 0,
+    weights: np.ndarray | None = None,
     reference: np.ndarray | None = None,
     deeper: bool = True,
 ) -> SeriesScorer:
@@ -60,6 +61,7 @@ def fit_series(
       windows: `(N, T, C)` float32, N >= 50; NaN and inf count as missing.
       labels: `(N,)` scores, higher is better.
       seed: of the split and the network.
+      weights: `(N,)` positive, how much each label counts; None for once each.
       reference: other raw windows, as for `fit_scorer`.
       deeper: whether to try the network.
 
@@ -77,8 +79,15 @@ def fit_series(
             f"labels have shape {labels.shape} and {int((~np.isfinite(labels)).sum())} non-finite "
             f"values; expected {len(windows)} finite numbers, one per window."
         )
+    shares = np.ones(len(labels)) if weights is None else np.asarray(weights, np.float64)
+    if shares.shape != labels.shape or not (np.isfinite(shares) & (shares > 0)).all():
+        raise WindowError(
+            f"weights have shape {shares.shape}; expected {len(labels)} positive finite numbers, "
+            "one per label."
+        )
     if len(windows) >= _MINIMUM:
-        windows, targets = distinct_windows(windows, gaussian_ranks(labels))
+        ranks = gaussian_ranks(labels, None if weights is None else shares)
+        windows, targets, counts = merge_windows(windows, ranks, shares)
     if len(windows) < _MINIMUM:
         raise WindowError(
             f"{len(windows)} distinct labelled windows; expected at least {_MINIMUM} to fit and to "
@@ -92,21 +101,24 @@ def fit_series(
     unfitted = _unfitted(found[fit])
     z = unfitted.standardized(found)
     candidates = []
-    for ridge, weights, bias in _ridge_path(z[fit], targets[fit]):
-        predicted = z[choose] @ weights + bias
-        candidates.append((rank_correlation(predicted, targets[choose]), ridge, weights, bias))
-    chosen, ridge, weights, bias = max(candidates, key=lambda c: c[0])
-    scorer = _with_weights(unfitted, weights, bias)
+    # Without weights a repeated window counts once, as it is one window of the stream.
+    counts = None if weights is None else counts.astype(np.float64)
+    for ridge, skip, bias in _ridge_path(z[fit], targets[fit], counts=_rows(counts, fit)):
+        predicted = z[choose] @ skip + bias
+        candidates.append((rank_correlation(predicted, targets[choose]), ridge, skip, bias))
+    chosen, ridge, skip, bias = max(candidates, key=lambda c: c[0])
+    scorer = _with_weights(unfitted, skip, bias)
 
     network = None
     if deeper:
-        network = _fit_network(scorer, windows, z, targets, fit, choose, chosen, seed)
+        network = _fit_network(scorer, windows, z, targets, counts, fit, choose, chosen, seed)
     if network is not None:
         scorer, form = network, "linear+mlp"
     else:
         # The choosing windows have done their work, so the linear solution may have them too.
-        ((_, weights, bias),) = _ridge_path(z[rest], targets[rest], (ridge,))
-        scorer, form = _with_weights(unfitted, weights, bias), "linear"
+        whole = _ridge_path(z[rest], targets[rest], (ridge,), counts=_rows(counts, rest))
+        ((_, skip, bias),) = whole
+        scorer, form = _with_weights(unfitted, skip, bias), "linear"
     metadata = {
         "form": form,
         "ridge": ridge,
@@ -140,11 +152,24 @@ def _with_weights(scorer: SeriesScorer, weights: np.ndarray, bias: float) -> Ser
 
 
 def _ridge_path(
-    z: np.ndarray, targets: np.ndarray, penalties: tuple[float, ...] = _RIDGE
+    z: np.ndarray,
+    targets: np.ndarray,
+    penalties: tuple[float, ...] = _RIDGE,
+    *,
+    counts: np.ndarray | None = None,
 ) -> list[tuple[float, np.ndarray, float]]:
-    """Minimises `mean (z @ w + b - y)^2 + ridge |w|^2`: one `(ridge, w, b)` a penalty."""
-    middle, level = z.mean(axis=0), float(targets.mean())
-    x, y = z - middle, targets - level
+    """Minimises `mean (z @ w + b - y)^2 + ridge |w|^2`: one `(ridge, w, b)` a penalty.
+
+    With `counts` the mean is weighted by them.
+    """
+    if counts is None:
+        middle, level = z.mean(axis=0), float(targets.mean())
+        x, y = z - middle, targets - level
+    else:
+        shares = counts / counts.sum()
+        middle, level = shares @ z, float(shares @ targets)
+        roots = np.sqrt(shares * len(z))
+        x, y = roots[:, None] * (z - middle), roots * (targets - level)
     count, features = x.shape
     # The smaller of the two Gram matrices; one decomposition serves all penalties.
     wide = features > count
@@ -157,6 +182,10 @@ def _ridge_path(
         weights = x.T @ solved if wide else solved
         solutions.append((ridge, weights, level - float(middle @ weights)))
     return solutions
+
+
+def _rows(counts: np.ndarray | None, index: np.ndarray) -> np.ndarray | None:
+    return None if counts is None else counts[index]
 
 
 class _Network(nnx.Module):
@@ -177,6 +206,7 @@ def _fit_network(
     windows: np.ndarray,
     z: np.ndarray,
     targets: np.ndarray,
+    counts: np.ndarray | None,
     fit: np.ndarray,
     choose: np.ndarray,
     chosen: float,
@@ -191,6 +221,8 @@ def _fit_network(
     # weights would add noise the day it does vary.
     varies = (np.ptp(z[fit], axis=0) > 0).astype(np.float32)
     z = z.astype(np.float32)
+    shares = np.ones(len(z)) if counts is None else counts / counts[fit].mean()
+    shares = shares.astype(np.float32)
     graph, state = nnx.split(_Network(z.shape[1], rngs=nnx.Rngs(seed)), nnx.Param)
     params = nnx.to_pure_dict(state)
     opt_state = _OPTIMIZER.init(params)
@@ -201,7 +233,7 @@ def _fit_network(
     since = 0
     for _ in range(_EPOCHS):
         order = rng.permutation(fit)[: len(fit) // size * size].reshape(-1, size)
-        params, opt_state = epoch(params, opt_state, (z[order], residual[order]))
+        params, opt_state = epoch(params, opt_state, (z[order], residual[order], shares[order]))
         deeper = replace(
             scorer,
             hidden_kernel=np.asarray(params["hidden"]["kernel"]) * varies[:, None],
@@ -220,8 +252,8 @@ def _fit_network(
 @functools.partial(jax.jit, static_argnames="graph")
 def _epoch(params: Any, opt_state: Any, batches: Any, *, graph: Any) -> tuple[Any, Any]:
     def objective(params, batch):
-        z, residual = batch
-        return jnp.mean((nnx.merge(graph, params)(z) - residual) ** 2)
+        z, residual, shares = batch
+        return jnp.mean(shares * (nnx.merge(graph, params)(z) - residual) ** 2)
 
     def step(carry, batch):
         params, opt_state = carry

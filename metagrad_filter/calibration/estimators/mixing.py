@@ -66,28 +66,25 @@ def what_rho_adds(
     own: np.ndarray,
     reducible: np.ndarray,
     weight: float,
-    *,
-    vocab_size: int,
-    seed: int,
-    pad_id: int | None,
+    options: dict[str, Any],
 ) -> RhoShare:
     """Fits scorers to labels without and with RHO-loss.
 
     Args:
-      windows: `(N, T)` int32.
+      windows: `(N, T)` int32 or `(N, T, C)` float32.
       own: `(2, N)` scores of the estimator.
       reducible: `(2, N)` RHO-loss.
       weight: of its ranks.
-      vocab_size, seed, pad_id: as for `fit_scorer`.
+      options: keyword arguments of `fit_scorer`: the kind, the seed and what goes with them.
     """
     mixed = mixed_halves(own, reducible, weight).sum(axis=0)
     without = gaussian_ranks(own.astype(np.float64).sum(axis=0))
     first, second = (
-        fit_scorer(windows, labels, vocab_size=vocab_size, seed=seed, pad_id=pad_id)
+        fit_scorer(windows, labels, **options)
         for labels in (without, mixed)
     )
     distinct, labels = distinct_windows(windows, without)
-    unseen = held_out(len(distinct), seed)
+    unseen = held_out(len(distinct), options["seed"])
     return RhoShare(
         weight=weight,
         label_correlation=rank_correlation(without, reducible.sum(axis=0)),

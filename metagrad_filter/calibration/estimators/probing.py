@@ -192,6 +192,7 @@ def _averaged(task: Task, draw: Draw, horizon: int, trajectories: int, scale: fl
                 before=before[i % 2],
                 after=float(result.phi["target"] if len(outers) > 1 else result.phi),
                 most=config.maximum_rise,
+                unit=getattr(proxy.loss, "unit", 0.0),
                 microbatch=config.microbatch,
             )
         found = [result.probe[name] for name in outers] if len(outers) > 1 else [result.probe]
