@@ -1,8 +1,13 @@
-"""Outer metrics: what the filter is asked to improve, as differentiable functions of parameters."""
+"""Outer metrics: what the filter is asked to improve, as differentiable functions of parameters.
+
+`HeldOutLoss` is the loss itself; `series_targets.py` has recall of rare events, probes of regimes,
+calibration and others. `GuardedTarget` mixes several, which one sweep differentiates together.
+"""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
@@ -14,14 +19,16 @@ from metagrad_filter.errors import ConfigError, WindowError
 from metagrad_filter.types import Loss, PyTree
 
 
-class HeldOutLoss:
-    """Mean loss over held-out windows, in the loss's own unit; lower is better.
+class HeldOutMetric(ABC):
+    """A function of parameters that is measured on held-out windows; lower is better.
 
     The windows are cut in two: the first part is differentiated (the outer metric), the rest
     decides at the gate. A filter fitted to the first part is therefore judged on windows it has not
-    seen. The cut keeps the order, so put windows of one document next to each other and documents
-    in random order: then the parts share at most one document. Windows for reporting a result
+    seen. The cut keeps the order, so put windows of one document (one series) next to each other
+    and documents in random order: then the parts share at most one. Windows for reporting a result
     belong in neither.
+
+    A metric says in `_function` what is measured on the windows at some rows.
 
     Args:
       windows: `(N, T)` int32 token ids or `(N, T, C)` float32 series.
@@ -51,13 +58,32 @@ class HeldOutLoss:
                 "N >= 2, for they are split into a target and a gate part."
             )
         gate = min(max(1, round(gate_share * len(windows))), len(windows) - 1)
-        self.target_windows = windows[:-gate]
-        self.gate_windows = windows[-gate:]
+        self.windows = windows
+        self._cut = len(windows) - gate
         self.batch_size = batch_size
         self._metrics: dict[tuple[str, Loss], Callable[[PyTree], jax.Array]] = {}
 
+    @abstractmethod
+    def _function(self, loss: Loss, rows: slice) -> Callable[[PyTree], jax.Array]:
+        """`params -> scalar` over the windows at `rows`."""
+
     @property
-    def parts(self) -> dict[str, HeldOutLoss]:
+    def identity(self) -> str:
+        """Tells what is measured on the windows; labels of different measures are never pooled."""
+        return ""
+
+    @property
+    def target_windows(self) -> np.ndarray:
+        """Windows that are differentiated."""
+        return self.windows[: self._cut]
+
+    @property
+    def gate_windows(self) -> np.ndarray:
+        """Windows that the gate judges by."""
+        return self.windows[self._cut :]
+
+    @property
+    def parts(self) -> dict[str, HeldOutMetric]:
         """What is measured, by name; here this one as "target"."""
         return {"target": self}
 
@@ -67,17 +93,17 @@ class HeldOutLoss:
         return {"target": 1.0}
 
     @property
-    def held_out(self) -> tuple[HeldOutLoss, ...]:
+    def held_out(self) -> tuple[HeldOutMetric, ...]:
         """All that is evaluated anywhere, the target first."""
         return (self,)
 
     def outer(self, loss: Loss) -> Callable[[PyTree], jax.Array]:
-        """`Phi(params)`: mean loss over the target part. The same object for the same loss."""
-        return self._metric("target", loss, self.target_windows)
+        """`Phi(params)` on the target part. The same object for the same loss."""
+        return self._metric("target", loss, slice(0, self._cut))
 
     def gate_metric(self, loss: Loss) -> Callable[[PyTree], jax.Array]:
-        """Mean loss over the gate part."""
-        return self._metric("gate", loss, self.gate_windows)
+        """The same on the gate part."""
+        return self._metric("gate", loss, slice(self._cut, len(self.windows)))
 
     def guard_metrics(self, loss: Loss) -> dict[str, Callable[[PyTree], jax.Array]]:
         """What may not get worse at the gate, by name; here nothing."""
@@ -87,30 +113,53 @@ class HeldOutLoss:
     def halves(self, loss: Loss) -> tuple[Callable[[PyTree], jax.Array], ...]:
         """Two independent estimates of `outer`, on the first and the second half of its windows.
 
-        Their mean is exactly `outer`, in uneven halves too. A single window makes both the same.
+        Where the metric is a mean over windows, their mean is exactly `outer`, in uneven halves
+        too. A single window makes both the same.
         """
-        count = len(self.target_windows)
+        count = self._cut
         if count < 2:
             return self.outer(loss), self.outer(loss)
         cut = count // 2
+        first, second = (2 * cut / count, 2 - 2 * cut / count) if self._is_mean else (1.0, 1.0)
         return (
-            self._metric("first half", loss, self.target_windows[:cut], 2 * cut / count),
-            self._metric("second half", loss, self.target_windows[cut:], 2 - 2 * cut / count),
+            self._metric("first half", loss, slice(0, cut), first),
+            self._metric("second half", loss, slice(cut, count), second),
         )
 
-    def _metric(self, part: str, loss: Loss, windows: np.ndarray, scale: float = 1.0):
+    _is_mean = False
+
+    def _metric(self, part: str, loss: Loss, rows: slice, scale: float = 1.0):
         key = (part, loss)
         if key not in self._metrics:
-            mean = mean_loss(loss, windows, self.batch_size)
-            self._metrics[key] = mean if scale == 1 else lambda params: scale * mean(params)
+            found = self._function(loss, rows)
+            self._metrics[key] = found if scale == 1 else lambda params: scale * found(params)
         return self._metrics[key]
 
     def __getstate__(self):
         return {**self.__dict__, "_metrics": {}}
 
 
+class HeldOutLoss(HeldOutMetric):
+    """Mean loss over held-out windows, in the loss's own unit; see `HeldOutMetric` for the split.
+
+    Args:
+      windows: `(N, T)` int32 token ids or `(N, T, C)` float32 series.
+      gate_share: share of the windows that goes to the gate, in (0, 1).
+      batch_size: windows per evaluation of the model.
+
+    Raises:
+      ConfigError: `gate_share` or `batch_size` is out of its domain.
+      WindowError: fewer than two windows.
+    """
+
+    _is_mean = True
+
+    def _function(self, loss: Loss, rows: slice) -> Callable[[PyTree], jax.Array]:
+        return mean_loss(loss, self.windows[rows], self.batch_size)
+
+
 class GuardedTarget:
-    """A target, and held-out losses that may not get worse on the way.
+    """A target, and held-out metrics that may not get worse on the way.
 
     A narrow target buys its gain from everything else. Each round measures the metagradients of all
     parts in one sweep, and a label is the weighted mean of the ranks that the parts give a window.
@@ -133,8 +182,8 @@ class GuardedTarget:
 
     def __init__(
         self,
-        target: HeldOutLoss,
-        guards: Mapping[str, HeldOutLoss],
+        target: HeldOutMetric,
+        guards: Mapping[str, HeldOutMetric],
         *,
         weights: Mapping[str, float] | None = None,
     ):
@@ -158,7 +207,7 @@ class GuardedTarget:
         self._weights = {name: float(weight) for name, weight in found.items()}
 
     @property
-    def parts(self) -> dict[str, HeldOutLoss]:
+    def parts(self) -> dict[str, HeldOutMetric]:
         """Target and guards that have a weight in the labels, by name, the target first."""
         every = {"target": self.target, **self.guards}
         return {name: part for name, part in every.items() if self._weights[name]}
@@ -169,7 +218,7 @@ class GuardedTarget:
         return {name: self._weights[name] for name in self.parts}
 
     @property
-    def held_out(self) -> tuple[HeldOutLoss, ...]:
+    def held_out(self) -> tuple[HeldOutMetric, ...]:
         """Target and guards, whatever their weight."""
         return (self.target, *self.guards.values())
 
@@ -188,15 +237,15 @@ class GuardedTarget:
         return self.target.outer(loss)
 
     def gate_metric(self, loss: Loss) -> Callable[[PyTree], jax.Array]:
-        """Mean loss over the gate part of the target."""
+        """The target's metric on its gate part."""
         return self.target.gate_metric(loss)
 
     def guard_metrics(self, loss: Loss) -> dict[str, Callable[[PyTree], jax.Array]]:
-        """Mean loss over the gate part of each guard, by name."""
+        """Each guard's metric on its gate part, by name."""
         return {name: guard.gate_metric(loss) for name, guard in self.guards.items()}
 
 
-Target: TypeAlias = HeldOutLoss | GuardedTarget
+Target: TypeAlias = HeldOutMetric | GuardedTarget
 
 
 def mean_loss(loss: Loss, windows: np.ndarray, batch_size: int) -> Callable[[PyTree], jax.Array]:

@@ -15,7 +15,7 @@ from metagrad_filter.kernels.attention.implementations import IMPLEMENTATIONS, I
 # Tiles so small that short sequences take several, with padding in the last one.
 TINY = Tiling(rows=8, columns=8, scores=128)
 tiny = functools.partial(run_chunked, tiling=TINY)
-IMPLEMENTATIONS.setdefault("tiny", Implementation(tiny, tiny))
+IMPLEMENTATIONS.setdefault("tiny", Implementation(tiny, tiny, partial=True))
 
 
 def naive(q, k, v, *, causal=True, window=None, segment_ids=None, scale=None):

@@ -174,7 +174,7 @@ def test_a_tile_is_needed_exactly_where_it_holds_a_visible_pair(left, right, que
 def test_tiles_of_other_documents_are_skipped():
     q, k, v = example((1, 64, 1, 4), dtype=np.float32)
     ids = jnp.repeat(jnp.arange(4, dtype=jnp.int32), 16)[None]
-    group = _Group("fwd", Pattern(1.0, None, 0), [q, k, v, ids], (8, 8), (8, 8))
+    group = _Group("fwd", Pattern(1.0, None, 0), [q, k, v, ids], (True, True), (8, 8), (8, 8))
     laid = [group._lay_ids(8, 8, ids)] * 2
     starts, stops = group._bounds(laid)
     np.testing.assert_array_equal(starts, [0, 0, 2, 2, 4, 4, 6, 6])

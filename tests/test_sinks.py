@@ -69,7 +69,7 @@ def test_prometheus_serves_counters_gauges_and_the_histogram():
             sink.write(step, {"keep_ratio": 0.2 + step / 100, "score_psi": 0.01})
         sink.observe_scores([2] * 32 + [0] * 32)
         found = fetch(port)
-        with pytest.raises(ConfigError, match="serves already"):
+        with pytest.raises(ConfigError, match="served already"):
             sink.serve(0)
         other = Prometheus(CollectorRegistry())
         with pytest.raises(ConfigError, match=f"port {port} of 127.0.0.1 cannot be used"):
@@ -269,8 +269,8 @@ def test_an_exporter_tells_what_the_view_shows(tmp_path):
     view = run_view(run_dir)
     seen = view["filters"]["train"]
     with RunExporter(run_dir) as exporter:
-        found = fetch(exporter.serve(0))
-        port = exporter._server[0].server_port
+        port = exporter.serve(0)
+        found = fetch(port)
     with pytest.raises(OSError, match="refused"):
         fetch(port)
     for group in seen["groups"]["source"]:

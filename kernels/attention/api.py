@@ -72,12 +72,29 @@ def attention(
     pattern = _pattern(q.shape[-1], causal, window, scale)
     static = {"pattern": pattern, "implementation": choose(implementation)}
     run: Callable[..., Any] = functools.partial(_plain if q.dtype.itemsize > 2 else _narrow, static)
-    sharding = jax.typeof(q).sharding
-    if sharding.mesh.explicit_axes:
-        # Where types carry shardings, the compiler splits the primitives as it does elsewhere.
-        batch, _, heads, _ = (*sharding.spec, None, None, None, None)[:4]
-        run = jax.sharding.auto_axes(run, out_sharding=PartitionSpec(batch, None, heads, None))
+    if jax.typeof(q).sharding.mesh.explicit_axes:
+        return _placed(run, q, k, v, *segments)
     return run(q, k, v, *segments)
+
+
+def _placed(run: Callable[..., Any], q: jax.Array, k: jax.Array, *rest: jax.Array) -> jax.Array:
+    """Where types carry shardings: each device computes its part of the batch and of the heads."""
+    sharding = jax.typeof(q).sharding
+    mesh = sharding.mesh
+    batch, _, heads, _ = (*sharding.spec, None, None, None, None)[:4]
+    axes = (heads,) if isinstance(heads, str) else (heads or ())
+    if k.shape[2] % math.prod(mesh.shape[axis] for axis in axes):
+        heads = None  # a key head would lie on several devices
+    whole, ids = PartitionSpec(batch, None, heads, None), PartitionSpec(batch, None)
+    operands = (q, k, *rest)
+    specs = tuple(whole if x.ndim == 4 else ids for x in operands)
+    mapped = jax.shard_map(
+        run,
+        in_specs=specs,
+        out_specs=whole,
+        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+    )
+    return mapped(*(jax.reshard(x, spec) for x, spec in zip(operands, specs)))
 
 
 def _plain(static: dict[str, Any], *operands: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ from jax import lax
 from metagrad_filter.kernels.attention import (  # pyright: ignore[reportMissingImports]
     _jax,
     formulas,
+    parts,
     reference,
 )
 from metagrad_filter.kernels.attention.formulas import OPERANDS  # pyright: ignore[reportMissingImports]
@@ -55,19 +56,34 @@ CPU = Tiling(rows=128, columns=128, scores=1 << 14)
 DEVICE = Tiling(rows=256, columns=256, scores=1 << 26)
 
 
-def run(name: str, pattern: Pattern, *operands: jax.Array, tiling: Tiling = CPU):
-    """Computes primitive `name` in float32, or float64 where the operands are."""
+def run(
+    name: str,
+    pattern: Pattern,
+    *operands: Any,
+    wanted: Sequence[bool] | None = None,
+    tiling: Tiling = CPU,
+) -> list[jax.Array]:
+    """Computes primitive `name` in float32, or float64 where the operands are.
+
+    Args:
+      name: of `formulas.OPERANDS`.
+      pattern: which scores there are.
+      *operands: its operands, None for those that are zero; segment ids may follow.
+      wanted: which outputs to return, all by default.
+      tiling: how much is computed at once.
+    """
+    wanted = parts.everything(name) if wanted is None else wanted
     q, k = operands[:2]
     batch, length, heads, _ = q.shape
     keys, key_heads = k.shape[1:3]
     if batch * heads * length * keys <= tiling.scores:
-        return reference.run(name, pattern, *operands)
+        return reference.run(name, pattern, *operands, wanted=wanted)
     rows, columns = _pieces(length, tiling.rows), _pieces(keys, tiling.columns)
     together = max(1, tiling.scores // (rows[1] * columns[1] * (heads // key_heads)))
     each_heads = _divisor(key_heads, together)
     each_batch = _divisor(batch, together // each_heads)
-    kinds, outputs = OPERANDS[name]
-    kinds = kinds + "i" * (len(operands) - len(kinds))
+    kinds = OPERANDS[name][0] + "i" * (len(operands) - len(OPERANDS[name][0]))
+    outputs = parts.chosen(wanted, OPERANDS[name][1])
     counts = (each_batch, each_heads, heads // key_heads)
 
     def part(kind: str, x: jax.Array, group) -> tuple[list[Any], list[int]]:
@@ -81,21 +97,18 @@ def run(name: str, pattern: Pattern, *operands: jax.Array, tiling: Tiling = CPU)
         return start, shape
 
     def add(group, found):
-        mine = [lax.dynamic_slice(x, *part(kind, x, group)) for kind, x in zip(kinds, operands)]
-        parts = _Group(name, pattern, mine, rows, columns).run()
+        mine = [
+            None if x is None else lax.dynamic_slice(x, *part(kind, x, group))
+            for kind, x in zip(kinds, operands)
+        ]
+        added = _Group(name, pattern, mine, wanted, rows, columns).run()
         return [
             lax.dynamic_update_slice(whole, x, part(kind, whole, group)[0])
-            for kind, whole, x in zip(outputs, found, parts)
+            for kind, whole, x in zip(outputs, found, added)
         ]
 
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    empty = {
-        "q": jnp.zeros_like(q),
-        "k": jnp.zeros_like(k),
-        "r": jnp.zeros((batch, heads, length), wide),
-    }
     groups = batch * key_heads // (each_batch * each_heads)
-    return lax.fori_loop(0, groups, add, _like([empty[kind] for kind in outputs], operands))
+    return lax.fori_loop(0, groups, add, [parts.zeros(kind, q, k) for kind in outputs])
 
 
 def _pieces(count: int, most: int) -> tuple[int, int]:
@@ -104,13 +117,13 @@ def _pieces(count: int, most: int) -> tuple[int, int]:
     return tiles, count if tiles == 1 else -(-count // (8 * tiles)) * 8
 
 
-def _like(sums: list[jax.Array], operands: Sequence[jax.Array]) -> list[jax.Array]:
-    """The start of sums over what varies between devices as the operands do."""
-    return [_jax.align([x, operands[0]])[0] for x in sums]
-
-
 def _divisor(count: int, most: int) -> int:
     return next(n for n in range(min(count, max(1, most)), 0, -1) if count % n == 0)
+
+
+def _add_at(tiles: jax.Array, j: jax.Array, x: jax.Array) -> jax.Array:
+    tile = lax.dynamic_index_in_dim(tiles, j, 0, False) + x
+    return lax.dynamic_update_index_in_dim(tiles, tile, j, 0)
 
 
 class _Group:
@@ -120,12 +133,14 @@ class _Group:
         self,
         name: str,
         pattern: Pattern,
-        operands: Sequence[jax.Array],
+        operands: Sequence[Any],
+        wanted: Sequence[bool],
         rows: tuple[int, int],
         columns: tuple[int, int],
     ):
         self.name, self.pattern = name, pattern
-        self.kinds, self.outputs = OPERANDS[name]
+        self.kinds, self.wanted = OPERANDS[name][0], wanted
+        self.outputs = parts.chosen(wanted, OPERANDS[name][1])
         self.operands = operands[: len(self.kinds)]
         self.segments = operands[len(self.kinds) :]
         q, k = self.operands[:2]
@@ -140,7 +155,9 @@ class _Group:
     # Layouts: row operands (tiles, n, g, i, d), columns (tiles, n, j, d), statistics
     # (tiles, n, g, i), segment ids (tiles, n, i).
 
-    def _lay(self, kind: str, position: int, x: jax.Array) -> jax.Array:
+    def _lay(self, kind: str, position: int, x: jax.Array | None) -> jax.Array | None:
+        if x is None:
+            return None
         tiles, size = self.columns if kind == "k" else self.rows
         if kind == "r":
             # A logsumexp of +inf is what makes the rows of the padding weigh nothing.
@@ -186,7 +203,8 @@ class _Group:
                     lambda y: lax.dynamic_index_in_dim(y, j, 0, False), (theirs, column_ids)
                 )
                 rest = {"k": iter(theirs_j), "q": (own := iter(mine)), "r": own}
-                wide = [next(rest[kind]).astype(self.accumulator) for kind in self.kinds]
+                both = [next(rest[kind]) for kind in self.kinds]
+                wide = [None if y is None else y.astype(self.accumulator) for y in both]
                 return wide, self._visible(i, j, [*row_ids, *ids_j])
 
             return step(tile, start, stop, columns)
@@ -204,15 +222,11 @@ class _Group:
             scale = self.pattern.scale
             p = formulas.probabilities(operands[0], operands[1], operands[3], scale, visible)
             terms = formulas.FORMULAS[self.name](p, scale, *operands)
+            terms = parts.chosen(self.wanted, terms)
             mine = [x for kind, x in zip(self.outputs, terms) if kind != "k"]
             theirs = [x for kind, x in zip(self.outputs, terms) if kind == "k"]
-            updated = [
-                lax.dynamic_update_index_in_dim(
-                    x, lax.dynamic_index_in_dim(x, j, 0, False) + y, j, 0
-                )
-                for x, y in zip(columns, theirs)
-            ]
-            return [x + y for x, y in zip(rows, mine)], updated
+            updated = [x if y is None else _add_at(x, j, y) for x, y in zip(columns, theirs)]
+            return [x if y is None else x + y for x, y in zip(rows, mine)], updated
 
         rows, columns = lax.fori_loop(start, stop, add, (self._zeros("qr"), columns))
         return columns, rows
@@ -248,7 +262,8 @@ class _Group:
         zeros = [
             jnp.zeros(shapes[kind], self.accumulator) for kind in self.outputs if kind in kinds
         ]
-        return _like(zeros, self.operands)
+        # What is summed varies between devices as the operands do.
+        return [_jax.align([x, self.operands[0]])[0] for x in zeros]
 
     def _visible(self, i, j, ids: list[jax.Array]) -> jax.Array | None:
         rows = i * self.rows[1] + jnp.arange(self.rows[1])[:, None]

@@ -18,17 +18,26 @@ from metagrad_filter.kernels.attention import chunked, reference  # pyright: ign
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """What computes a primitive: `run(name, pattern, *operands) -> outputs`."""
+    """What computes a primitive: `run(name, pattern, *operands) -> outputs`.
+
+    Attributes:
+      cpu: computes it on the CPU.
+      device: computes it on any other device.
+      partial: whether both take None for operands that are zero, and an argument `wanted` that
+        says which outputs to return; where not, they get zeros and return all outputs.
+    """
 
     cpu: Callable[..., list[jax.Array]]
     device: Callable[..., list[jax.Array]]
+    partial: bool = False
 
 
 IMPLEMENTATIONS = {
-    "reference": Implementation(reference.run, reference.run),
+    "reference": Implementation(reference.run, reference.run, partial=True),
     "chunked": Implementation(
         functools.partial(chunked.run, tiling=chunked.CPU),
         functools.partial(chunked.run, tiling=chunked.DEVICE),
+        partial=True,
     ),
 }
 BEST = "chunked"

@@ -15,20 +15,28 @@ import jax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
+from metagrad_filter.kernels.attention import parts  # pyright: ignore[reportMissingImports]
 from metagrad_filter.kernels.attention.formulas import OPERANDS  # pyright: ignore[reportMissingImports]
 
 _AXES = {"q": "b s {h} d", "k": "b t k d", "r": "b {h} s", "i": "b s"}
 
 
-def partitioned(name: str, run: Callable[..., Any], operands: Sequence[jax.Array]) -> Any:
-    """Computes `run(*operands)`, split over devices as the operands are."""
-    kinds, outputs = OPERANDS[name]
-    kinds = kinds + "i" * (len(operands) - len(kinds))
+def partitioned(
+    name: str,
+    run: Callable[..., Any],
+    operands: Sequence[jax.Array],
+    given: Sequence[bool],
+    wanted: Sequence[bool],
+) -> list[jax.Array]:
+    """Computes `run(*operands)`, split over devices as the operands are; flags as in `parts`."""
+    kinds = parts.kinds_of(name, given, len(operands))
+    outputs = "".join(parts.chosen(wanted, OPERANDS[name][1]))
     q, k = operands[:2]
     groups = q.shape[2] // k.shape[2]
     # Query heads are ordered by the key head that serves them.
     heads = "k" if groups == 1 else "(k g)"
     terms = [", ".join(_AXES[kind].format(h=heads) for kind in side) for side in (kinds, outputs)]
+    # In the order in which the rule names them.
     whole = ("s", "d", "t") if groups == 1 else ("s", "g", "d", "t")
     sizes: dict[str, Any] = {} if groups == 1 else {"g": groups}
 

@@ -6,10 +6,13 @@ O(B H S S_k); jax can differentiate it to any order. Inputs and outputs as in `p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from metagrad_filter.kernels.attention import formulas  # pyright: ignore[reportMissingImports]
+from metagrad_filter.kernels.attention import formulas, parts  # pyright: ignore[reportMissingImports]
 from metagrad_filter.kernels.attention.formulas import OPERANDS  # pyright: ignore[reportMissingImports]
 from metagrad_filter.kernels.attention.pattern import (  # pyright: ignore[reportMissingImports]
     Pattern,
@@ -18,23 +21,39 @@ from metagrad_filter.kernels.attention.pattern import (  # pyright: ignore[repor
 )
 
 
-def run(name: str, pattern: Pattern, *operands: jax.Array) -> list[jax.Array]:
-    """Computes primitive `name` in float32, or float64 where the operands are."""
+def run(
+    name: str, pattern: Pattern, *operands: Any, wanted: Sequence[bool] | None = None
+) -> list[jax.Array]:
+    """Computes primitive `name` in float32, or float64 where the operands are.
+
+    Args:
+      name: of `formulas.OPERANDS`.
+      pattern: which scores there are.
+      *operands: its operands, None for those that are zero; segment ids may follow.
+      wanted: which outputs to return, all by default.
+    """
     kinds, outputs = OPERANDS[name]
     q, k = operands[:2]
     groups = q.shape[2] // k.shape[2]
     width = jnp.promote_types(q.dtype, jnp.float32)
-    laid = [_lay(kind, x.astype(width), groups) for kind, x in zip(kinds, operands)]
+    laid = [
+        None if x is None else _lay(kind, x.astype(width), groups)
+        for kind, x in zip(kinds, operands)
+    ]
     rows, columns = jnp.arange(q.shape[1])[:, None], jnp.arange(k.shape[1])[None]
     visible = pattern.visible(rows, columns, k.shape[1])
     for segments in operands[len(kinds) :]:
         ids = jnp.repeat(segments, k.shape[2], axis=0)
         visible = both(visible, same_segment(ids, ids))
     found = whole(name, pattern.scale, visible, *laid)
-    return [_unlay(kind, x, q.shape, q.dtype) for kind, x in zip(outputs, found)]
+    wanted = parts.everything(name) if wanted is None else wanted
+    return [
+        parts.zeros(kind, q, k) if x is None else _unlay(kind, x, q.shape, q.dtype)
+        for kind, x in parts.chosen(wanted, list(zip(outputs, found, strict=True)))
+    ]
 
 
-def whole(name: str, scale: float, visible, *operands: jax.Array) -> tuple[jax.Array, ...]:
+def whole(name: str, scale: float, visible, *operands: Any) -> tuple[jax.Array | None, ...]:
     """Primitive `name` where one tile holds every score; operands laid out as in `formulas`."""
     if name == "fwd":
         q, k, v = operands

@@ -40,8 +40,7 @@ class CalibrationConfig:
       acts_for_steps: optimizer steps for which a version decides what is trained on before the
         next one takes over (the loader's swap interval, in steps). T is this number, within 16 and
         288: a label is the worth of a window over T steps, and short horizons give labels that are
-        reliable and wrong (labels of T=16 recover .88 of what selection can gain over 144 steps,
-        T=96 and 144 .98 and more; with T=288 the same budget buys two trajectories, and noise).
+        reliable and wrong, long ones leave the same budget fewer trajectories, and noise.
       trajectories: R, in two halves for reliability. More of them do not replace the horizon.
       batch_windows: B, windows per inner step.
       learning_rate_scale: inner learning rate as a share of the live one. At the live rate of a

@@ -44,8 +44,8 @@ from metagrad_filter.errors import (
 from metagrad_filter.labels import LabelStore, RoundLabels
 from metagrad_filter.proxy.proxy import Proxy
 from metagrad_filter.registry import Registry
-from metagrad_filter.scorer.fit import fit_scorer
 from metagrad_filter.scorer.artifact import StoredScorer
+from metagrad_filter.scorer.fit import fit_scorer
 from metagrad_filter.scorer.scorer import Scorer
 from metagrad_filter.targets import Target
 from metagrad_filter.types import Progress, silent
@@ -430,10 +430,12 @@ def _target_hash(target: Target, source: WindowSource, config: CalibrationConfig
     shape = source.take(np.arange(1)).shape[1:]
     digest = hashlib.sha256(np.ascontiguousarray(target.target_windows).tobytes())
     digest.update(str(shape).encode())
+    digest.update(target.parts["target"].identity.encode())
     for name, part in target.parts.items():
         if name != "target":
             digest.update(f"{name} {target.weights[name] / target.weights['target']}".encode())
             digest.update(np.ascontiguousarray(part.target_windows).tobytes())
+            digest.update(part.identity.encode())
     kind = (config.estimator, config.normalise_gradient, config.mix_rho)
     if kind != ("metagradient", False, 0.0):
         digest.update(str(kind).encode())

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 _PARENT_SECONDS = 1.0  # between two looks at whether the parent lives
 _STOP_SECONDS = 5.0  # for a round in progress to notice that it is abandoned
 _LEAVE_SECONDS = 60.0  # for a worker without work to shut its interpreter down, on a busy machine
+# What grain and prometheus_client go by when several processes write the same metrics.
+_SHARED_METRICS = ("PROMETHEUS_MULTIPROC_DIR", "ENABLE_PYGRAIN_PROMETHEUS_TELEMETRY")
 
 
 class BackgroundCalibration:
@@ -121,7 +123,8 @@ def start_worker(
         name="metagrad-calibration",
         daemon=True,
     )
-    process.start()
+    with _own_metrics():
+        process.start()
     stop.close()
     say_leaving.close()
     try:
@@ -147,6 +150,19 @@ def start_worker(
             process.kill()
             process.join()
         leaving.close()
+
+
+@contextmanager
+def _own_metrics() -> Iterator[None]:
+    """Keeps a process that starts meanwhile out of the metric files that this one's workers share.
+
+    What the worker exports has a port of its own; in those files it would be counted twice.
+    """
+    taken = {name: os.environ.pop(name) for name in _SHARED_METRICS if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)
 
 
 def _work(

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, generate_latest, start_http_server
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -28,7 +28,7 @@ from prometheus_client.core import (
     Metric,
 )
 
-from metagrad_filter.errors import ConfigError
+from metagrad_filter.monitor.port import MetricsPort
 from metagrad_filter.monitor.records import BINS, number
 from metagrad_filter.monitor.sinks import METRICS, PREFIX, SCORE_BUCKETS, SCORE_TEXT
 from metagrad_filter.monitor.view import run_view
@@ -73,7 +73,7 @@ class RunExporter:
         self._bins: list[int] = []
         self._again = 0.0
         self._highest: dict[tuple[str, str], float] = {}
-        self._server: Any = None
+        self._port = MetricsPort()
         self.registry = CollectorRegistry()
         self.registry.register(self)  # pyright: ignore[reportArgumentType]
 
@@ -120,22 +120,11 @@ class RunExporter:
         Raises:
           ConfigError: the port cannot be used.
         """
-        try:
-            self._server = start_http_server(port, addr, self.registry)
-        except OSError as error:
-            raise ConfigError(
-                f"port {port} of {addr} cannot be used ({error}); choose another one."
-            ) from error
-        return self._server[0].server_port
+        return self._port.open(self.registry, port, addr)
 
     def close(self) -> None:
         """Lets go of the port; a second call does nothing."""
-        if self._server is not None:
-            server, thread = self._server
-            self._server = None
-            server.shutdown()
-            server.server_close()
-            thread.join()
+        self._port.close()
 
     def _read(self, view: Mapping[str, Any]) -> None:
         filters = view["filters"]

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from metagrad_filter.blockstats import BINS, OTHER
 from metagrad_filter.errors import ConfigError
 from metagrad_filter.files import make_directory
+from metagrad_filter.monitor.port import MetricsPort
 
 if TYPE_CHECKING:
     from metagrad_filter.monitor.alarms import Finding
@@ -247,7 +248,7 @@ class Prometheus:
         self._registry = self._client.REGISTRY if registry is None else registry
         self._metrics: dict[str, Any] = {}
         self._sources: set[str] = set()
-        self._server: tuple[Any, threading.Thread] | None = None
+        self._port = MetricsPort()
         try:
             for name, (text, labels) in METRICS.items():
                 if name.endswith("_total"):
@@ -329,32 +330,16 @@ class Prometheus:
         Raises:
           ConfigError: the sink serves already, or the port cannot be used.
         """
-        if self._server is not None:
-            raise ConfigError("this sink serves already; close it before serving on another port.")
-        if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= 65535:
-            raise ConfigError(f"port is {port!r}, expected an int from 0 to 65535.")
         registry = self._registry
         if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
             # The processes' files are read at every request; this process's values are in them.
             multiprocess = importlib.import_module("prometheus_client.multiprocess")
             registry = self._client.CollectorRegistry()
             multiprocess.MultiProcessCollector(registry)
-        try:
-            server, thread = self._client.start_http_server(port, addr, registry)
-        except OSError as error:
-            raise ConfigError(
-                f"port {port} of {addr} cannot be used ({error}); choose another one."
-            ) from error
-        self._server = server, thread
-        return server.server_port
+        return self._port.open(registry, port, addr)
 
     def close(self) -> None:
-        if self._server is not None:
-            server, thread = self._server
-            self._server = None
-            server.shutdown()
-            server.server_close()
-            thread.join()
+        self._port.close()
 
     def _bounded(self, key: str, value: str) -> str:
         value = str(value)[:_LABEL_LENGTH]

@@ -25,9 +25,10 @@ import numpy as np
 from metagrad_filter.calibration.estimators.one_step import halves_differ
 from metagrad_filter.calibration.estimators.task import FORWARD_COST, Estimate, Task, naming
 from metagrad_filter.calibration.estimators.windows import finite_scores, in_chunks
+from metagrad_filter.errors import ConfigError
 from metagrad_filter.metagradient.optimizer import apply_update, warm_state
 from metagrad_filter.metagradient.trajectory import window_losses
-from metagrad_filter.targets import HeldOutLoss
+from metagrad_filter.targets import HeldOutLoss, HeldOutMetric
 
 _PROBED = 16  # windows of a compiled call
 
@@ -58,11 +59,16 @@ def mates(task: Task) -> Estimate:
     )
 
 
-def _in_pieces(part: HeldOutLoss) -> tuple[np.ndarray, np.ndarray]:
+def _in_pieces(part: HeldOutMetric) -> tuple[np.ndarray, np.ndarray]:
     """Target windows `(pieces, size, ...)`, and weights `(2, pieces, size)` in the two halves.
 
     What fills up the last piece weighs nothing.
     """
+    if not isinstance(part, HeldOutLoss):
+        raise ConfigError(
+            f"estimator='mates' looks at each held-out window's loss, but the target has a "
+            f"{type(part).__name__}; take another estimator, or a HeldOutLoss."
+        )
     windows = part.target_windows
     count = len(windows)
     size = min(part.batch_size, count)

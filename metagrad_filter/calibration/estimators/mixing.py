@@ -79,10 +79,7 @@ def what_rho_adds(
     """
     mixed = mixed_halves(own, reducible, weight).sum(axis=0)
     without = gaussian_ranks(own.astype(np.float64).sum(axis=0))
-    first, second = (
-        fit_scorer(windows, labels, **options)
-        for labels in (without, mixed)
-    )
+    first, second = (fit_scorer(windows, labels, **options) for labels in (without, mixed))
     distinct, labels = distinct_windows(windows, without)
     unseen = held_out(len(distinct), options["seed"])
     return RhoShare(

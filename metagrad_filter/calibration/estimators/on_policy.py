@@ -7,8 +7,8 @@ clipped to [-3, 3], and a tenth of the kept drawn uniformly. Without a version i
 of record.
 
 What it measures is the marginal value of a window after the selection has been made, and top-k on
-that un-selects what is working: it is right for small steps of a policy only (recovered .73 where
-the raw stream gives .98).
+that un-selects what is working: it is right for small steps of a policy only (`bench/refresh.py`
+compares both over a training run).
 
 Cost: that of the estimator of record, and scores of `1 / keep_ratio` as many windows.
 
