@@ -37,7 +37,7 @@ HOMES = ("map", "iter")
 FULL_LOAD = 0.9
 
 _RUN_DIR, _WINDOWS = "LOADER_WORKER_RUN_DIR", "LOADER_WORKER_WINDOWS"
-_FIRST_ROUND_SECONDS = 120.0
+_FIRST_ROUND_SECONDS = 400.0
 _WARM = 40  # batches
 _ROUND_TOKENS = 64
 
@@ -80,7 +80,7 @@ def calibrator() -> mgf.Calibrator:
             learning_rate_scale=0.25,
             minimum_reliability=-0.9,
             gate_steps=4,
-            gate_pairs=2,
+            gate_pairs=4,
             gate_margin=0.0,  # versions are to come and go
             vocab_size=VOCAB,
         ),

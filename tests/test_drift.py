@@ -32,6 +32,11 @@ def test_statistics_are_zero_for_equal_and_positive_for_other_counts(values):
         assert drift.psi(values, turned) == pytest.approx(drift.psi(turned, values))
 
 
+def test_one_window_is_a_sample_and_no_share():
+    assert drift.psi([0, 1], [0, 1]) == 0
+    assert 0 < drift.psi([0, 1], [1, 0]) < math.inf
+
+
 def test_psi_and_ks_are_their_definitions():
     p, q = np.array([30.5, 70.5]) / 101, np.array([0.5, 0.5])
     assert drift.psi([30, 70]) == pytest.approx(((p - q) * np.log(p / q)).sum())

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax._src import core, dispatch
 from jax.extend.core import Primitive
+from jax.interpreters import ad
 
 
 def align(arrays: Sequence[Any]) -> list[Any]:
@@ -34,6 +35,11 @@ def output(name: str, operands: Sequence[Any], shape: Sequence[int], dtype: Any)
         sharding=core.get_cur_mesh_sharding(),
         manual_axis_type=core.ManualAxisType(varying=varying),
     )
+
+
+def zero_tangent(x: Any) -> ad.Zero:
+    """The tangent of something that does not move."""
+    return ad.Zero(jax.typeof(x).to_tangent_aval())
 
 
 def lower_with_devices(primitive: Primitive) -> None:

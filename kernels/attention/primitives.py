@@ -198,8 +198,7 @@ def _jvp(name: str, present, tangents, *, given, wanted, **static):
     if _some(moved):
         along = _TANGENTS[name](_Call(ids, static), out, operands, moved, wanted)
     out, along = parts.chosen(wanted, out), parts.chosen(wanted, along)
-    zero = ad.Zero.from_primal_value  # pyright: ignore[reportAttributeAccessIssue]
-    return out, [zero(x) if t is None else t for x, t in zip(out, along)]
+    return out, [_jax.zero_tangent(x) if t is None else t for x, t in zip(out, along)]
 
 
 def _transpose(name: str, cotangents, *present, given, wanted, **static):

@@ -47,7 +47,8 @@ def psi(counts: ArrayLike, reference: ArrayLike | None = None) -> float:
 
     Args:
       counts: `(K,)` windows per bin.
-      reference: `(K,)` windows per bin, or shares, to compare with; None for equal shares.
+      reference: `(K,)` windows per bin, or positive shares as floats that sum to 1, to compare
+        with; None for equal shares.
 
     Returns:
       The sum over bins of `(p - q) log(p / q)`, in nats; half a window is added to every bin of
@@ -477,8 +478,10 @@ def _shares(
             "K >= 2, of finite numbers >= 0 that are not all zero."
         )
     p = p + smoothing
-    # Shares sum to 1 and are exact; counts are a sample, smoothed as the other one is.
-    if reference is not None and q.sum() > 1.5:
+    # Shares sum to 1 and are exact; counts are a sample, smoothed as the other one is. A sample of
+    # one window sums to 1 as well, so integers are always counts.
+    counted = reference is not None and np.asarray(reference).dtype.kind in "iu"
+    if counted or (reference is not None and q.sum() > 1.5):
         q = q + smoothing
     return p / p.sum(), q / q.sum()
 
