@@ -53,6 +53,7 @@ OPTIMIZERS = {
         {"kernel": "a", "output": "b"},
     ),
 }
+LONG = ("adafactor, factored", "muon", "adamw and sgd by group")
 TAPES = (
     {"tape": "state"},
     {"tape": "gradient"},
@@ -90,7 +91,16 @@ def test_the_table_covers_every_combination():
     assert len(seen) == len(TAPES) * len(MODES) * len(MICROBATCHES)
 
 
-@pytest.mark.parametrize(("name", "tape", "mode", "microbatch"), variants())
+def cases():
+    """All variants; of optimizers that compile long, two of three are run by `make test-slow`."""
+    seen = set()
+    for name, *rest in variants():
+        slow = name in LONG and name in seen
+        seen.add(name)
+        yield pytest.param(name, *rest, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize(("name", "tape", "mode", "microbatch"), cases())
 def test_metagradients_equal_autodiff_through_the_loop(name, tape, mode, microbatch):
     optimizer = OPTIMIZERS[name]
     params, state = start(optimizer, "warm")

@@ -37,6 +37,13 @@ def output(name: str, operands: Sequence[Any], shape: Sequence[int], dtype: Any)
     )
 
 
+def struct(shape: Sequence[int], dtype: Any, operands: Sequence[Any]) -> jax.ShapeDtypeStruct:
+    """What a kernel returns, varying over the manual mesh axes that the operands do."""
+    varying = frozenset().union(*(jax.typeof(x).mat.varying for x in operands))
+    kind = core.ManualAxisType(varying=varying)
+    return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=kind)
+
+
 def zero_tangent(x: Any) -> ad.Zero:
     """The tangent of something that does not move."""
     return ad.Zero(jax.typeof(x).to_tangent_aval())

@@ -232,24 +232,13 @@ class _Group:
         return columns, rows
 
     def _forward(self, tile: Callable[..., Any], start, stop, columns):
-        """Softmax with a running maximum (Milakov and Gimelshein, 2018, arXiv:1805.02867)."""
-
-        def add(j, sums):
-            top, total, mixed = sums
+        def add(j, state):
             (q, k, v), visible = tile(j)
-            x = self.pattern.scale * formulas.scores(q, k)
-            x = x if visible is None else jnp.where(visible, x, -jnp.inf)
-            higher = jnp.maximum(top, x.max(-1))
-            p, fade = jnp.exp(x - higher[..., None]), jnp.exp(top - higher)
-            return higher, total * fade + p.sum(-1), mixed * fade[..., None] + formulas.rows(p, v)
+            return formulas.absorb(state, q, k, v, self.pattern.scale, visible)
 
         mixed, total = self._zeros("qr")
-        # Finite, so that a row that has seen nothing yet does not subtract inf from inf.
-        top = jnp.full_like(total, jnp.finfo(self.accumulator).min / 2)
-        top, total, mixed = lax.fori_loop(start, stop, add, (top, total, mixed))
-        empty = total == 0
-        norm = jnp.where(empty, jnp.inf, top + jnp.log(total))
-        return columns, [mixed / jnp.where(empty, 1, total)[..., None], norm]
+        state = lax.fori_loop(start, stop, add, formulas.begin(total, mixed))
+        return columns, list(formulas.finish(state))
 
     def _zeros(self, kinds: str) -> list[jax.Array]:
         """Where the outputs of these kinds are summed: a tile's rows, or all columns."""

@@ -108,6 +108,33 @@ def probabilities(q, k, norm, scale: float, visible) -> jax.Array:
     return jnp.exp(x if visible is None else jnp.where(visible, x, -jnp.inf))
 
 
+# The forward pass keeps a running maximum (Milakov and Gimelshein, 2018, arXiv:1805.02867).
+
+
+def begin(total, mixed):
+    """The state of rows that have seen nothing; `total` and `mixed` are zeros of its shapes."""
+    # Finite, so that a row that sees nothing does not subtract inf from inf.
+    return jnp.full_like(total, jnp.finfo(total.dtype).min / 2), total, mixed
+
+
+def absorb(state, q, k, v, scale: float, visible):
+    """The state after a tile more."""
+    top, total, mixed = state
+    x = scale * _product(q, k, *_SCORES)
+    x = x if visible is None else jnp.where(visible, x, -jnp.inf)
+    higher = jnp.maximum(top, x.max(-1))
+    p, fade = jnp.exp(x - higher[..., None]), jnp.exp(top - higher)
+    return higher, total * fade + p.sum(-1), mixed * fade[..., None] + rows(p, v)
+
+
+def finish(state):
+    """`o` and `L`; rows that saw nothing give 0 and +inf, so that they weigh nothing later."""
+    top, total, mixed = state
+    empty = total == 0
+    some = jnp.where(empty, 1, total)
+    return mixed / some[..., None], jnp.where(empty, jnp.inf, top + jnp.log(some))
+
+
 def lin(p, scale, q, k, v, norm, a, b, c):
     z = _times(p, _moved(scale, q, k, a, b))
     return _sum(rows(z, v), rows(p, c)), _total(z)
