@@ -413,7 +413,7 @@ class BlockFilter:
         if not config.annotate and k in (0, n):
             count(config.name, blocks=1, windows_seen=n, windows_kept=k)
             kept = np.arange(k)
-            self._set_aside(block, elements, None, kept)
+            self._set_aside(block, elements, None, kept, self._sources(elements))
             return Choice(kept, None, UNDECIDED)
         version, scorer = self._scorer.version(block, expected)
         scores, seconds = self._scorer.scores(scorer, elements)
@@ -437,18 +437,26 @@ class BlockFilter:
             windows_kept=k,
             uniform_windows=n * uniform,
         )
-        watched = self._scorer.watched
-        sources = None
-        if config.source_key is not None:
-            sources = [watched.source(element) for element in elements]
-        watched.block(
-            block, version, scorer, scores, kept, sources, n, seconds, next(iter(elements), None)
+        sources = self._sources(elements)
+        sample = next(iter(elements), None)
+        self._scorer.watched.block(
+            block, version, scorer, scores, kept, sources, n, seconds, sample
         )
-        self._set_aside(block, elements, scores, kept)
+        self._set_aside(block, elements, scores, kept, sources)
         return Choice(kept, scores, version)
 
+    def _sources(self, elements: Sequence[Any]) -> list[str] | None:
+        if self.config.source_key is None:
+            return None
+        return [self._scorer.watched.source(element) for element in elements]
+
     def _set_aside(
-        self, block: int, elements: Sequence[Any], scores: np.ndarray | None, kept: np.ndarray
+        self,
+        block: int,
+        elements: Sequence[Any],
+        scores: np.ndarray | None,
+        kept: np.ndarray,
+        sources: list[str] | None,
     ) -> None:
         """Offers the raw block to the spool that calibration reads."""
         if self._spool is not None and elements:
@@ -458,6 +466,7 @@ class BlockFilter:
                 self.config.windows,
                 keep_probability=len(kept) / len(elements) if scores is None else None,
                 kept=kept,
+                sources=sources,
             )
 
 

@@ -164,6 +164,7 @@ class Spool:
         *,
         keep_probability: float | np.ndarray | None = None,
         kept: np.ndarray | None = None,
+        sources: Sequence[str] | None = None,
     ) -> int:
         """Samples a raw block, before anything is dropped from it.
 
@@ -173,6 +174,8 @@ class Spool:
           keep_probability: with which each window is kept, one number or `(n,)`; None where it is
             not known.
           kept: `(k,)` positions that are kept, or None where that is not known.
+          sources: name of the source of each of the n windows, or None where that is not known;
+            64 bytes of a name are stored.
 
         Returns:
           How many windows were sampled. Raises `WindowError` when `windows` has another shape or
@@ -188,7 +191,8 @@ class Spool:
         chosen = self.positions(block, n)
         if len(chosen):
             dtype = np.int32 if windows.ndim == 2 else np.float32
-            self._add(block, n, chosen, windows[chosen].astype(dtype), keep_probability, kept)
+            sampled = windows[chosen].astype(dtype)
+            self._add(block, n, chosen, sampled, keep_probability, kept, sources)
         return len(chosen)
 
     def offer_elements(
@@ -199,6 +203,7 @@ class Spool:
         *,
         keep_probability: float | np.ndarray | None = None,
         kept: np.ndarray | None = None,
+        sources: Sequence[str] | None = None,
     ) -> int:
         """Like `offer`, for a loader's elements: only the sampled ones are read as windows.
 
@@ -214,7 +219,7 @@ class Spool:
             chosen, stacked = self._readable(chosen, elements, windows)
             if stacked is None:
                 return 0
-        self._add(block, n, chosen, stacked, keep_probability, kept)
+        self._add(block, n, chosen, stacked, keep_probability, kept, sources)
         return len(chosen)
 
     def flush(self) -> None:
@@ -242,7 +247,7 @@ class Spool:
             arrays.append(array)
         return np.array(good, np.int64), np.concatenate(arrays) if arrays else None
 
-    def _add(self, block, n, chosen, windows, keep_probability, kept) -> None:
+    def _add(self, block, n, chosen, windows, keep_probability, kept, sources) -> None:
         m = len(chosen)
         probability = np.asarray(np.nan if keep_probability is None else keep_probability)
         was_kept = np.full(m, -1, np.int8)
@@ -258,6 +263,7 @@ class Spool:
                 m, probability[chosen] if probability.ndim else probability, np.float32
             ),
             "kept": was_kept,
+            "source": _encoded([] if sources is None else [sources[i] for i in chosen], m),
         }
         with self._lock:
             shapes = {part["windows"].shape[1:] for part in self._buffer[:1]}
@@ -296,6 +302,8 @@ class Spool:
             for name in parts[0]
         }
         count = len(tensors["blocks"])
+        if not tensors["source"].any():
+            del tensors["source"]  # no name is known: not worth 64 bytes a window
         data = safetensors.numpy.save(tensors)
         with self._writing:
             try:
@@ -351,6 +359,7 @@ class SpooledWindows:
       blocks, positions: `(N,)` int64, where each window was in the stream.
       keep_probability: `(N,)` float32 with which it was kept, NaN where that is not known.
       kept: `(N,)` int8, 1 kept, 0 dropped, -1 not known.
+      sources: `(N,)` names of where the windows are from, "" where that is not known.
       lots: `(N,)` float64 in [0, 1), a hash of the window's content: the same window draws the same
         lot in every snapshot, so that what is held out stays held out.
       skipped_files: damaged files that were passed over so far.
@@ -408,7 +417,9 @@ class SpooledWindows:
             newest = parts[-1]["windows"]
             parts = [p for p in parts if p["windows"].shape[1:] == newest.shape[1:]]
         joined = {
-            name: np.concatenate([part[name] for part in parts]) if parts else np.empty(0, dtype)
+            name: np.concatenate([part[name] for part in parts])
+            if parts
+            else np.empty((0, *_WIDTHS.get(name, ())), dtype)
             for name, dtype in _TENSORS.items()
         }
         # A block that was read again left the same windows again. Content counts too: hosts that
@@ -423,6 +434,7 @@ class SpooledWindows:
         self._windows = joined["windows"][first]
         self.blocks, self.positions = joined["blocks"][first], joined["positions"][first]
         self.keep_probability, self.kept = joined["keep_probability"][first], joined["kept"][first]
+        self.sources = _decoded(joined["source"][first])
         return len(self)
 
     def _read(self, name: str) -> dict[str, np.ndarray] | None:
@@ -433,6 +445,7 @@ class SpooledWindows:
             if len(data) != int(match[2]) or zlib.crc32(data) != int(match[3], 16):
                 raise ValueError("its bytes are not those that were written")
             part = safetensors.numpy.load(data)
+            part.setdefault("source", _encoded([], len(part.get("blocks", ()))))
             wrong = _misfit(part)
             if wrong:
                 raise ValueError(wrong)
@@ -459,7 +472,9 @@ _TENSORS = {
     "positions": np.int64,
     "keep_probability": np.float32,
     "kept": np.int8,
+    "source": np.uint8,
 }
+_WIDTHS = {"source": (64,)}  # beyond the first axis; a name is UTF-8 bytes, filled up with zeros
 
 
 def _misfit(part: dict[str, np.ndarray]) -> str:
@@ -470,9 +485,25 @@ def _misfit(part: dict[str, np.ndarray]) -> str:
     if (windows.ndim, windows.dtype) not in ((2, np.int32), (3, np.float32)):
         return f"its windows are {windows.dtype}{windows.shape}"
     for name, dtype in _TENSORS.items():
-        if name != "windows" and (part[name].dtype, part[name].shape) != (dtype, windows.shape[:1]):
+        shape = (*windows.shape[:1], *_WIDTHS.get(name, ()))
+        if name != "windows" and (part[name].dtype, part[name].shape) != (dtype, shape):
             return f"its {name} are {part[name].dtype}{part[name].shape}"
     return ""
+
+
+def _encoded(names: Sequence[str], count: int) -> np.ndarray:
+    """`(count, 64)` uint8; rows without a name are zeros."""
+    rows = np.zeros((count, *_WIDTHS["source"]), np.uint8)
+    for row, name in zip(rows, names):
+        data = name.encode(errors="replace")[: len(row)]
+        row[: len(data)] = np.frombuffer(data, np.uint8)
+    return rows
+
+
+def _decoded(rows: np.ndarray) -> np.ndarray:
+    """`(N,)` names; one that was cut within a character loses that character."""
+    texts = [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
+    return np.array(texts, dtype=str)
 
 
 def _folder(name: str) -> str:

@@ -101,7 +101,8 @@ def score_filter(
         10,000 windows (`IterDataset` only).
       bad_windows: "raise" ends with a `WindowError` where a window cannot be read; "last" ranks it
         last, warns once and counts it (`mgf.counters(name)`).
-      source_key: the entry that names a window's source; the monitor then shows each one's share.
+      source_key: the entry that names a window's source; the monitor then shows each one's share,
+        and the gate of calibration on the spool refuses a scorer that starves one.
       statistics: append what was seen and kept to `run_dir/metrics`, for the monitor.
       spool_share: share of raw windows that is set aside in `run_dir/spool`, bounded, so that a
         calibrator can read the stream itself: `Calibrator(windows=SpooledWindows(run_dir))`.

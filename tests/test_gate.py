@@ -373,8 +373,8 @@ def test_names_that_do_not_belong_to_the_windows_are_refused(sources, message):
         WindowSource(WINDOWS, sources=sources)
 
 
-def test_a_spool_has_no_names(tmp_path):
-    with pytest.raises(ConfigError, match="whose windows come and go without names"):
+def test_a_spool_has_names_of_its_own(tmp_path):
+    with pytest.raises(ConfigError, match="give the filter source_key="):
         WindowSource(SpooledWindows(tmp_path), sources=["a"])
 
 

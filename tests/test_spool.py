@@ -1,17 +1,21 @@
 """What the filter spools for calibration: the sample, its files, their bounds, what goes wrong."""
 
 import errno
+import gc
 import multiprocessing as mp
 import os
 import pickle
 import time
 import warnings
 
+import grain
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import metagrad_filter as mgf
+from metagrad_filter.calibration.source import WindowSource
 from metagrad_filter.errors import ConfigError, WindowError
 from metagrad_filter.spool import Spool, SpooledWindows
 from metagrad_filter.store import LocalStore
@@ -53,6 +57,44 @@ def test_what_is_read_back_is_what_was_sampled(tmp_path):
     np.testing.assert_array_equal(windows[:, :2], expected)
     np.testing.assert_allclose(found.keep_probability, found.positions / 99, rtol=1e-6)
     np.testing.assert_array_equal(found.kept, found.positions % 2 == 0)
+
+
+@given(st.lists(st.none() | st.text(max_size=80), min_size=1, max_size=6))
+def test_names_of_sources_come_back(tmp_path_factory, given_names):
+    run_dir = tmp_path_factory.mktemp("run")
+    spool = Spool(run_dir, share=1.0)
+    for block, name in enumerate(given_names):
+        spool.offer(block, block_of(block, 3), sources=None if name is None else [name] * 3)
+    spool.flush()
+    found = SpooledWindows(run_dir)
+    for block, name in enumerate(given_names):
+        whole = (name or "").encode(errors="replace")[:64].rstrip(b"\0").decode(errors="ignore")
+        assert found.sources[found.blocks == block].tolist() == [whole] * 3
+    known = WindowSource(found).sources(np.arange(len(found)))
+    if any(found.sources != ""):
+        assert known.tolist() == [name or "unknown" for name in found.sources]
+    else:
+        assert known is None
+
+
+def test_a_filter_that_knows_sources_spools_them(tmp_path):
+    elements = [{"tokens": w, "from": f"site {i % 3}"} for i, w in enumerate(block_of(0, 400))]
+    ds = mgf.score_filter(
+        grain.MapDataset.source(elements),
+        tmp_path,
+        keep_ratio=0.5,
+        windows=TextWindows("tokens"),
+        block_windows=50,
+        source_key="from",
+        spool_share=0.5,
+    )
+    assert len(list(ds)) == 200
+    del ds
+    gc.collect()
+    found = SpooledWindows(tmp_path)
+    assert len(found) > 100
+    numbers = found.take(np.arange(len(found)))[:, 1]
+    assert found.sources.tolist() == [f"site {number % 3}" for number in numbers]
 
 
 @given(st.integers(0, 2**40), st.integers(0, 600), st.integers(0, 2**31))

@@ -63,7 +63,8 @@ class WindowSource:
       elements: how such an element becomes an array, for datasets only.
       check: applied to whatever is taken.
       sources: where each window is from: `(N,)` names, or the entry of a dataset's elements that
-        holds the name; None where that is not known, as for a spool.
+        holds the name; None where that is not known. A spool knows it of filters that were given
+        `source_key`.
 
     Raises:
       ConfigError, WindowError, DataError: the source cannot be read as windows.
@@ -90,8 +91,8 @@ class WindowSource:
         if isinstance(windows, SpooledWindows):
             if sources is not None:
                 raise ConfigError(
-                    "sources were given with a spool, whose windows come and go without names; "
-                    "leave them out, or calibrate on an array or a dataset."
+                    "sources were given with a spool, which stores them itself; leave them out and "
+                    "give the filter source_key=."
                 )
             return  # it fills while training runs
         if not isinstance(windows, np.ndarray):
@@ -147,6 +148,9 @@ class WindowSource:
         Raises:
           DataError: an element of the dataset has no such entry.
         """
+        if self.spool is not None:
+            found = self.spool.sources[index]
+            return np.where(found == "", "unknown", found) if np.any(found != "") else None
         if self._sources is None:
             return None
         if not isinstance(self._sources, str):
