@@ -55,8 +55,15 @@ bench: $(VENV)/.demo
 	$(BIN)/python -m bench.second_order
 	$(BIN)/python -m bench.lds
 	$(BIN)/python -m bench.stability
+	$(BIN)/python -m bench.distillation
+	$(BIN)/python -m bench.estimators
+	$(BIN)/python -m bench.refresh
+	$(BIN)/python -m bench.drift
+	$(BIN)/python -m bench.own_pool
+	$(BIN)/python -m bench.attention
 	$(BIN)/python -m bench.throughput
 	$(BIN)/python -m bench.loader
+	$(BIN)/python -m bench.loader --worker
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
