@@ -39,6 +39,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.readme import README, replaced
 from bench.record import environment, say, write_record
 
 RECORD = Path(__file__).parent / "records" / "distillation.json"
@@ -436,7 +437,9 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"bench.distillation: unknown arguments {arguments}; expected none or --table")
     if not arguments:
         write_record(RECORD, measure())
-    print(table(json.loads(RECORD.read_text())))
+    text = table(json.loads(RECORD.read_text()))
+    README.write_text(replaced(README.read_text(), "distillation-table", text))
+    print(text)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import metagrad_filter as mgf
-from bench import drift, loader, metagradients, own_pool, refresh, throughput
+from bench import distillation, drift, loader, metagradients, own_pool, refresh, throughput
 from bench.demo import RECORD, with_table
 from bench.readme import README, replaced
 from metagrad_filter.proxy import DecoderConfig, DecoderLoss, init_decoder
@@ -80,6 +80,7 @@ def test_the_metagradients_tables_are_the_record():
     [
         (throughput, "throughput-table"),
         (loader, "loader-table"),
+        (distillation, "distillation-table"),
         (drift, "drift-table"),
         (refresh, "refresh-table"),
         (own_pool, "own-pool-table"),
