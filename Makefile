@@ -2,6 +2,7 @@
 # make test   set everything up and pass the tests
 # make test-adapters   the tests against other loaders and frameworks (installs torch and others)
 # make fuzz   longer runs of the native cores under the sanitizers (FUZZ_CASES=...)
+# make kernels   compile the kernels for Hopper GPUs and check the compiler's report
 # make lint   format, lint and type checks
 PYTHON ?= python3
 VENV := .venv
@@ -11,11 +12,14 @@ TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernels/*/*.cpp kernels/*/*.h)
 
+# A checkout of ThunderKittens at the commit of kernels/thunderkittens.pin.
+THUNDERKITTENS_ROOT ?= $(wildcard build/thunderkittens)
+
 FUZZ_CASES ?= 200000
 FUZZ_FLAGS := -std=c++17 -O1 -g -ffp-contract=off -fsanitize=address,undefined \
   -fno-sanitize-recover=all
 
-.PHONY: demo quick test test-slow test-adapters fuzz lint format bench clean
+.PHONY: demo quick test test-slow test-adapters fuzz kernels lint format bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/metagrad-filter demo
@@ -38,6 +42,10 @@ fuzz:
 	  program=build/fuzz/$$(basename $$source .cpp); \
 	  $(CXX) $(FUZZ_FLAGS) -I kernels/scorer $$source -o $$program; \
 	  $$program $(FUZZ_CASES) 1; done
+
+# Says what is missing and goes on where nvcc or the headers of ThunderKittens are not there.
+kernels: $(VENV)/.test
+	THUNDERKITTENS_ROOT=$(THUNDERKITTENS_ROOT) $(BIN)/python -m bench.kernels --compile
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .

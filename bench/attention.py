@@ -1,6 +1,7 @@
 """Second-order attention in linear memory against the whole softmax, on this machine.
 
 python -m bench.attention            measure, then store bench/records/attention.json
+python -m bench.attention --quick    the same at tiny sizes, printed and not stored
 python -m bench.attention --table    print the stored record
 
 - `long`: one product with the Hessian of a sum of sines of attention's outputs, by reverse over
@@ -12,30 +13,72 @@ python -m bench.attention --table    print the stored record
 - `training`: the attention of one layer at the shapes where proxies train, against
   `jax.nn.dot_product_attention`: a gradient, and the tangent of one (an evaluation of a step's
   adjoint).
+- `proxy`: the same two of a whole decoder, at the demo's shapes: what a step of a metagradient
+  round takes, with either attention in its layers.
 
-Takes about two minutes of CPU. Times are CPU times of the process with all threads, which a busy
+Takes about three minutes of CPU. Times are CPU times of the process with all threads, which a busy
 machine changes least; `wall_ms` stands beside them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+from bench.record import environment, write_record
+from bench.second_order import programs as second_order_programs
 
 RECORD = Path(__file__).parent / "records" / "attention.json"
-REPETITIONS = 2
-LONG = (1, 4096, 4, 64)  # (B, S, H, d)
-LENGTHS = (1024, 4096, 16384, 65536)
-TRAINING = {"B64_S63_H4_d16": (64, 63, 4, 16), "B8_S127_H4_d64": (8, 127, 4, 64)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What is measured.
+
+    Attributes:
+      repetitions: rounds of `long`; `training` and `proxy` take five and three times as many.
+      long: `(B, S, H, d)`.
+      lengths: each S of `memory`.
+      training: `(B, S, H, d)` by name.
+      proxies: width, heads, windows, tokens and dtype of a decoder of two layers, by name.
+    """
+
+    repetitions: int
+    long: tuple[int, int, int, int]
+    lengths: tuple[int, ...]
+    training: dict[str, tuple[int, int, int, int]]
+    proxies: dict[str, tuple[int, int, int, int, str]]
+
+
+FULL = Sizes(
+    repetitions=2,
+    long=(1, 4096, 4, 64),
+    lengths=(1024, 4096, 16384, 65536),
+    training={"B64_S63_H4_d16": (64, 63, 4, 16), "B8_S127_H4_d64": (8, 127, 4, 64)},
+    proxies={
+        "d48_H2_B64_L64": (48, 2, 64, 64, "float32"),
+        "d64_H2_B64_L64": (64, 2, 64, 64, "float32"),
+        "d256_H4_B8_L128": (256, 4, 8, 128, "float32"),
+        "d48_H2_B64_L64_bfloat16": (48, 2, 64, 64, "bfloat16"),
+    },
+)
+# Everything runs and nothing means anything.
+QUICK = Sizes(
+    repetitions=1,
+    long=(1, 160, 2, 8),
+    lengths=(160,),
+    training={"tiny": (2, 31, 2, 8)},
+    proxies={"tiny": (16, 2, 2, 16, "float32")},
+)
 
 
 def naive(q: Any, k: Any, v: Any) -> Any:
@@ -106,19 +149,20 @@ def interleaved(
     return medians, results
 
 
-def measure_long(attend: Callable[..., Any]) -> dict[str, Any]:
+def measure_long(attend: Callable[..., Any], sizes: Sizes) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
     found: dict[str, Any] = {}
-    arguments = operands(LONG)
+    arguments = operands(sizes.long)
     for name in ("reverse_over_reverse", "forward_over_reverse"):
         runs = {
             kind: compiled(f, name, arguments)
             for kind, f in (("naive", naive), ("chunked", attend))
         }
         times, results = interleaved(
-            {kind: functools.partial(run, *arguments) for kind, run in runs.items()}, REPETITIONS
+            {kind: functools.partial(run, *arguments) for kind, run in runs.items()},
+            sizes.repetitions,
         )
         row: dict[str, Any] = {
             kind: times[kind] | {"temp_mb": _megabytes(run)} for kind, run in runs.items()
@@ -135,7 +179,7 @@ def measure_long(attend: Callable[..., Any]) -> dict[str, Any]:
     return found
 
 
-def measure_memory(attend: Callable[..., Any]) -> dict[str, Any]:
+def measure_memory(attend: Callable[..., Any], sizes: Sizes) -> dict[str, Any]:
     """Compilation only: temporary bytes over the bytes of q."""
     import jax
     import jax.numpy as jnp
@@ -143,21 +187,21 @@ def measure_memory(attend: Callable[..., Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("gradient", "reverse_over_reverse", "forward_over_reverse"):
         row = {}
-        for length in LENGTHS:
-            shape = (LONG[0], length, *LONG[2:])
+        for length in sizes.lengths:
+            shape = (sizes.long[0], length, *sizes.long[2:])
             like = (jax.ShapeDtypeStruct(shape, jnp.float32),) * 3
             run = compiled(attend, name, (like, like))
-            row[str(length)] = round(_bytes(run) / (4 * length * LONG[2] * LONG[3]), 2)
+            row[str(length)] = round(_bytes(run) / (4 * length * sizes.long[2] * sizes.long[3]), 2)
         found[name] = row
     return found
 
 
-def measure_training(attend: Callable[..., Any]) -> dict[str, Any]:
+def measure_training(attend: Callable[..., Any], sizes: Sizes) -> dict[str, Any]:
     import jax
 
     peer = functools.partial(jax.nn.dot_product_attention, is_causal=True)
     found: dict[str, Any] = {}
-    for shape_name, shape in TRAINING.items():
+    for shape_name, shape in sizes.training.items():
         arguments = operands(shape)
         runs = {
             (kind, name): compiled(f, name, arguments)
@@ -165,7 +209,7 @@ def measure_training(attend: Callable[..., Any]) -> dict[str, Any]:
             for name in ("gradient", "forward_over_reverse")
         }
         calls = {key: functools.partial(run, *arguments) for key, run in runs.items()}
-        times, _ = interleaved(calls, 5 * REPETITIONS)
+        times, _ = interleaved(calls, 5 * sizes.repetitions)
         found[shape_name] = {
             name: {
                 kind: times[kind, name] | {"temp_mb": _megabytes(runs[kind, name])}
@@ -176,6 +220,58 @@ def measure_training(attend: Callable[..., Any]) -> dict[str, Any]:
     return found
 
 
+def measure_proxy(attend: Callable[..., Any], sizes: Sizes) -> dict[str, Any]:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from metagrad_filter.proxy import DecoderConfig, DecoderLoss, init_decoder
+
+    peer = functools.partial(jax.nn.dot_product_attention, is_causal=True)
+    found: dict[str, Any] = {}
+    for shape_name, (width, heads, windows, tokens, dtype) in sizes.proxies.items():
+        config = DecoderConfig(
+            vocab_size=1024,
+            n_positions=tokens,
+            n_embd=width,
+            n_layer=2,
+            n_head=heads,
+            activation_function="relu2",
+            dtype=dtype,
+        )
+        loss = DecoderLoss(config)
+        params = init_decoder(config, seed=0)
+        rng = np.random.default_rng(0)
+        data = jnp.asarray(rng.integers(0, 1024, (windows, tokens + 1)), jnp.int32)
+        arguments = (params, jax.tree.map(jnp.cos, params), data)
+        runs = {
+            (kind, name): _swapped(f, second_order_programs(loss)[name], arguments)
+            for kind, f in (("jax_nn", peer), ("chunked", attend))
+            for name in ("gradient", "evaluation")
+        }
+        calls = {key: functools.partial(run, *arguments) for key, run in runs.items()}
+        times, _ = interleaved(calls, 3 * sizes.repetitions)
+        found[shape_name] = {
+            name: {
+                kind: times[kind, name] | {"temp_mb": _megabytes(runs[kind, name])}
+                for kind in ("jax_nn", "chunked")
+            }
+            for name in ("gradient", "evaluation")
+        }
+    return found
+
+
+def _swapped(attend: Callable[..., Any], program: Callable[..., Any], arguments: Any) -> Any:
+    """The compiled program of a decoder with this attention in its layers."""
+    import jax
+
+    from metagrad_filter.proxy import layers
+
+    with mock.patch.object(layers, "causal_attention", attend):
+        # A function of its own each time: jax remembers traces by function.
+        return jax.jit(lambda *x: program(*x)).lower(*arguments).compile()
+
+
 def _bytes(run: Any) -> int:
     return run.memory_analysis().temp_size_in_bytes
 
@@ -184,36 +280,39 @@ def _megabytes(run: Any) -> float:
     return round(_bytes(run) / 1e6, 1)
 
 
+MEASURES = {
+    "long": measure_long,
+    "memory": measure_memory,
+    "training": measure_training,
+    "proxy": measure_proxy,
+}
+
+
+def measured(sizes: Sizes) -> dict[str, Any]:
+    import jax
+
+    from metagrad_filter.kernels.attention import attention  # pyright: ignore[reportMissingImports]
+
+    attend = functools.partial(attention, implementation="chunked")
+    record: dict[str, Any] = {
+        "environment": environment("jax", "jaxlib", "flax")
+        | {"backend": jax.default_backend(), "repetitions": sizes.repetitions},
+    }
+    for question, measure in MEASURES.items():
+        record[question] = measure(attend, sizes)
+        print(f"{question}: done", file=sys.stderr, flush=True)
+    record["environment"]["load_average_after"] = round(os.getloadavg()[0], 1)
+    return record
+
+
 def main(arguments: list[str]) -> None:
-    if arguments not in ([], ["--table"]):
-        sys.exit(f"bench.attention: unknown arguments {arguments}; expected none or --table")
+    if arguments not in ([], ["--quick"], ["--table"]):
+        sys.exit(f"bench.attention: unknown arguments {arguments}; expected --quick or --table")
+    if arguments == ["--quick"]:
+        print(json.dumps(measured(QUICK), indent=1))
+        return
     if not arguments:
-        import jax
-
-        from metagrad_filter.kernels.attention import attention  # pyright: ignore[reportMissingImports]
-
-        attend = functools.partial(attention, implementation="chunked")
-        record: dict[str, Any] = {
-            "environment": {
-                "python": platform.python_version(),
-                "jax": jax.__version__,
-                "jaxlib": importlib.metadata.version("jaxlib"),
-                "backend": jax.default_backend(),
-                "cpus": os.cpu_count(),
-                "load_before": round(os.getloadavg()[0], 2),
-            },
-            "repetitions": {"long": REPETITIONS, "training": 5 * REPETITIONS},
-        }
-        for question, measure in (
-            ("long", measure_long),
-            ("memory", measure_memory),
-            ("training", measure_training),
-        ):
-            record[question] = measure(attend)
-            print(f"{question}: done", file=sys.stderr, flush=True)
-        record["environment"]["load_after"] = round(os.getloadavg()[0], 2)
-        RECORD.parent.mkdir(parents=True, exist_ok=True)
-        RECORD.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(RECORD, measured(FULL))
     print(RECORD.read_text(), end="")
 
 

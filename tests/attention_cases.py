@@ -17,6 +17,9 @@ TINY = Tiling(rows=8, columns=8, scores=128)
 tiny = functools.partial(run_chunked, tiling=TINY)
 IMPLEMENTATIONS.setdefault("tiny", Implementation(tiny, tiny, partial=True))
 
+# Programs that run once: most of a test is their compilation.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
 
 def naive(q, k, v, *, causal=True, window=None, segment_ids=None, scale=None):
     """The whole softmax, differentiated by jax alone."""

@@ -9,7 +9,7 @@ PROGRAM = """
 import functools
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
-from attention_cases import attend, documents, example, naive, transformations, worst
+from attention_cases import attend, documents, example, naive, quick_jit, transformations, worst
 jax.config.update("jax_enable_x64", True)
 devices = np.array(jax.devices()).reshape(2, 2)
 mesh = Mesh(devices, ("data", "heads"))
@@ -21,14 +21,14 @@ def second(f):
     bound = lambda ids: functools.partial(f, segment_ids=ids)
     return lambda x, along, ids: transformations(bound(ids))[NAME](x, along)
 
-expected = jax.jit(second(naive))(x, along, ids)
+expected = quick_jit(second(naive))(x, along, ids)
 split = P("data", None, "heads")
 for check in (True, False):
     mapped = jax.shard_map(
         second(attend("tiny")), mesh=mesh, in_specs=(split, split, P("data")), out_specs=split,
         check_vma=check,
     )
-    error = worst(jax.jit(mapped)(x, along, ids), expected)
+    error = worst(quick_jit(mapped)(x, along, ids), expected)
     assert error <= 1e-12, ("shard_map", check, error)
 
 GATHERS = ("all-gather", "all-to-all", "collective-permute")
@@ -42,13 +42,9 @@ for name, spec, mesh in (
         put = lambda y, spec: jax.device_put(y, NamedSharding(mesh, spec))
         placed = jax.tree.map(lambda y: put(y, spec), (x, along))
         first = put(ids, P(*spec[:1]))
-        run = lambda x, along, ids: attend("tiny", segment_ids=ids)(*x)
-        if name != "typed":
-            run = second(attend("tiny"))
-        program = jax.jit(run).lower(*placed, first).compile()
+        program = quick_jit(second(attend("tiny"))).lower(*placed, first).compile()
         found = program(*placed, first)
-    reference = expected if name != "typed" else naive(*x, segment_ids=ids)
-    error = worst(jax.device_get(found), jax.device_get(reference))
+    error = worst(jax.device_get(found), jax.device_get(expected))
     assert error <= 1e-12, (name, error)
     for y in jax.tree.leaves(found):
         if name != "positions":

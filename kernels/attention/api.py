@@ -51,7 +51,8 @@ def attention(
       segment_ids: `(B, S)` integers; a position sees those with its own id only. Needs S = S_k.
       scale: factor of `q k^T`, `d ** -0.5` by default.
       implementation: "chunked" (linear memory, any device), "reference" (O(S S_k) memory, the
-        specification), or None for the best that can run.
+        specification), "pallas" (GPUs that Triton compiles for), "thunderkittens" (Hopper), or None
+        for the best that is known to run here: "chunked", as no GPU has run the other two yet.
 
     Returns:
       `(B, S, H, d)` in the dtype of the operands.
@@ -70,7 +71,7 @@ def attention(
     q, k, v = _arrays(q, k, v)
     segments = () if segment_ids is None else (_segments(segment_ids, q, k),)
     pattern = _pattern(q.shape[-1], causal, window, scale)
-    static = {"pattern": pattern, "implementation": choose(implementation)}
+    static = {"pattern": pattern, "implementation": choose(implementation, q)}
     run: Callable[..., Any] = functools.partial(_plain if q.dtype.itemsize > 2 else _narrow, static)
     if jax.typeof(q).sharding.mesh.explicit_axes:
         return _placed(run, q, k, v, *segments)

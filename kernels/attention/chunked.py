@@ -26,7 +26,7 @@ from metagrad_filter.kernels.attention import (  # pyright: ignore[reportMissing
     parts,
     reference,
 )
-from metagrad_filter.kernels.attention.formulas import OPERANDS  # pyright: ignore[reportMissingImports]
+from metagrad_filter.kernels.attention.formulas import HEADS, OPERANDS  # pyright: ignore[reportMissingImports]
 from metagrad_filter.kernels.attention.pattern import (  # pyright: ignore[reportMissingImports]
     Pattern,
     both,
@@ -43,17 +43,20 @@ class Tiling:
       columns: keys in a tile, at most.
       scores: scores of a tile over the heads that share the loop, at most (or one head's); no
         loop at all where every score there is fits.
+      widen: whether operands of 16 bits become float32 before the loop: the CPU would convert whole
+        arrays in each of its steps.
     """
 
     rows: int
     columns: int
     scores: int
+    widen: bool = True
 
 
 # Two-dimensional tiles that stay in a core's cache; measured by `bench.attention`.
 CPU = Tiling(rows=128, columns=128, scores=1 << 14)
 # Elsewhere every head at once: the loop is sequential, and its body has to fill the device.
-DEVICE = Tiling(rows=256, columns=256, scores=1 << 26)
+DEVICE = Tiling(rows=256, columns=256, scores=1 << 26, widen=False)
 
 
 def run(
@@ -78,6 +81,12 @@ def run(
     keys, key_heads = k.shape[1:3]
     if batch * heads * length * keys <= tiling.scores:
         return reference.run(name, pattern, *operands, wanted=wanted)
+    if q.dtype.itemsize == 2 and tiling.widen:
+        count = len(OPERANDS[name][0])
+        wide = [None if x is None else x.astype(jnp.float32) for x in operands[:count]]
+        found = run(name, pattern, *wide, *operands[count:], wanted=wanted, tiling=tiling)
+        outputs = parts.chosen(wanted, OPERANDS[name][1])
+        return [x if kind == "r" else x.astype(q.dtype) for kind, x in zip(outputs, found)]
     rows, columns = _pieces(length, tiling.rows), _pieces(keys, tiling.columns)
     together = max(1, tiling.scores // (rows[1] * columns[1] * (heads // key_heads)))
     each_heads = _divisor(key_heads, together)
@@ -220,8 +229,8 @@ class _Group:
             rows, columns = sums
             operands, visible = tile(j)
             scale = self.pattern.scale
-            p = formulas.probabilities(operands[0], operands[1], operands[3], scale, visible)
-            terms = formulas.FORMULAS[self.name](p, scale, *operands)
+            p = formulas.probabilities(HEADS, operands[0], operands[1], operands[3], scale, visible)
+            terms = formulas.FORMULAS[self.name](HEADS, p, scale, *operands)
             terms = parts.chosen(self.wanted, terms)
             mine = [x for kind, x in zip(self.outputs, terms) if kind != "k"]
             theirs = [x for kind, x in zip(self.outputs, terms) if kind == "k"]
@@ -234,23 +243,22 @@ class _Group:
     def _forward(self, tile: Callable[..., Any], start, stop, columns):
         def add(j, state):
             (q, k, v), visible = tile(j)
-            return formulas.absorb(state, q, k, v, self.pattern.scale, visible)
+            return formulas.absorb(HEADS, state, q, k, v, self.pattern.scale, visible)
 
-        mixed, total = self._zeros("qr")
+        mixed, total = self._zeros("qr", OPERANDS["fwd"][1])
         state = lax.fori_loop(start, stop, add, formulas.begin(total, mixed))
-        return columns, list(formulas.finish(state))
+        return columns, parts.chosen(self.wanted, formulas.finish(state))
 
-    def _zeros(self, kinds: str) -> list[jax.Array]:
-        """Where the outputs of these kinds are summed: a tile's rows, or all columns."""
+    def _zeros(self, kinds: str, outputs: Sequence[str] | None = None) -> list[jax.Array]:
+        """Where `outputs`, or what is wanted, of these kinds are summed: a tile, or all columns."""
         rows = (self.n, self.groups, self.rows[1])
         shapes = {
             "q": (*rows, self.width),
             "r": rows,
             "k": (self.columns[0], self.n, self.columns[1], self.width),
         }
-        zeros = [
-            jnp.zeros(shapes[kind], self.accumulator) for kind in self.outputs if kind in kinds
-        ]
+        summed = [kind for kind in outputs or self.outputs if kind in kinds]
+        zeros = [jnp.zeros(shapes[kind], self.accumulator) for kind in summed]
         # What is summed varies between devices as the operands do.
         return [_jax.align([x, self.operands[0]])[0] for x in zeros]
 

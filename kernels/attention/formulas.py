@@ -23,8 +23,8 @@ operand that is None is zero and takes no product; an output that is None is zer
 
 Alphabet: `n` batch times key heads, `g` query heads that share a key head, `i` queries, `j` keys.
 Row operands `(n, g, i, d)`, columns `(n, j, d)`, statistics `(n, g, i)`, scores `(n, g, i, j)`; or
-one head's `(i, d)`, `(j, d)`, `(i,)` and `(i, j)`, which is what a program of a GPU holds. Products
-accumulate in float32 or wider; those with weights round the weights to the operand's dtype.
+without `n` and `g`, which is what a program of a GPU holds: `Tile` says which. Products accumulate
+in float32 or wider; those with weights round the weights to the operand's dtype.
 
 References:
   Dao, 2024, https://arxiv.org/abs/2307.08691, section 3.1 (fwd and bwd in tiles).
@@ -33,6 +33,7 @@ References:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -52,31 +53,54 @@ OPERANDS = {
 }
 
 
-# Which axes each product sums over, and which are batches: with heads, and of one head.
-_SCORES = (((3,), (2,)), ((0,), (0,))), (((1,), (1,)), ((), ()))
-_ROWS = (((3,), (1,)), ((0,), (0,))), (((1,), (0,)), ((), ()))
-_COLUMNS = (((1, 2), (1, 2)), ((0,), (0,))), (((0,), (0,)), ((), ()))
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """How a tile of scores lies in memory. What is None is zero in every product and sum.
+
+    Attributes:
+      heads: whether `n` and `g` lead.
+      turned: whether scores are `(j, i)`, so that sums over queries need no transposition.
+    """
+
+    heads: bool = True
+    turned: bool = False
+
+    def scores(self, q: Any, k: Any) -> Any:
+        """`q k^T`: `(n, g, i, d)` and `(n, j, d)` to `(n, g, i, j)`."""
+        if self.turned:
+            q, k = k, q
+        return self._product(q, k, (3, 2), (1, 1))
+
+    def rows(self, p: Any, k: Any) -> Any:
+        """`p k`: `(n, g, i, j)` and `(n, j, d)` to `(n, g, i, d)`."""
+        p = p if p is None or k is None else p.astype(k.dtype)
+        return self._product(p, k, (3, 1), (0 if self.turned else 1, 0))
+
+    def columns(self, p: Any, q: Any) -> Any:
+        """`p^T q`, summed over the heads that share a key: to `(n, j, d)`."""
+        p = p if p is None or q is None else p.astype(q.dtype)
+        return self._product(p, q, ((1, 2), (1, 2)), (1 if self.turned else 0, 0))
+
+    def each(self, x: Any) -> Any:
+        """A statistic of rows `(n, g, i)`, to be broadcast against scores."""
+        return None if x is None else x[None] if self.turned else x[..., None]
+
+    def total(self, x: Any) -> Any:
+        """Sums of scores over the columns: `(n, g, i)`."""
+        return None if x is None else x.sum(0 if self.turned else -1)
+
+    def _product(self, a: Any, b: Any, grouped: tuple[Any, Any], single: tuple[int, int]) -> Any:
+        """Sums over an axis of each, or several: `grouped` of them with heads, `single` without."""
+        if a is None or b is None:
+            return None
+        axes = [x if isinstance(x, tuple) else (x,) for x in (grouped if self.heads else single)]
+        batch = ((0,), (0,)) if self.heads else ((), ())
+        wide = jnp.promote_types(a.dtype, jnp.float32)
+        summed = axes[0], axes[1]
+        return jax.lax.dot_general(a, b, (summed, batch), preferred_element_type=wide)
 
 
-def scores(q, k):
-    """`q k^T`: `(n, g, i, d)` and `(n, j, d)` to `(n, g, i, j)`."""
-    return None if q is None or k is None else _product(q, k, *_SCORES)
-
-
-def rows(p, k):
-    """`p k`: `(n, g, i, j)` and `(n, j, d)` to `(n, g, i, d)`."""
-    return None if p is None or k is None else _product(p.astype(k.dtype), k, *_ROWS)
-
-
-def columns(p, q):
-    """`p^T q`, summed over the heads that share a key: to `(n, j, d)`."""
-    return None if p is None or q is None else _product(p.astype(q.dtype), q, *_COLUMNS)
-
-
-def _product(a: jax.Array, b: jax.Array, grouped: Any, single: Any) -> jax.Array:
-    wide = jnp.promote_types(a.dtype, jnp.float32)
-    axes = grouped if a.ndim > 2 else single
-    return jax.lax.dot_general(a, b, axes, preferred_element_type=wide)
+HEADS = Tile()
 
 
 def _sum(*terms):
@@ -89,22 +113,13 @@ def _times(factor, x):
     return None if factor is None or x is None else factor * x
 
 
-def _each(x):
-    """A statistic of rows, next to scores."""
-    return None if x is None else x[..., None]
-
-
 def _less(x):
     return None if x is None else -x
 
 
-def _total(x):
-    return None if x is None else x.sum(-1)
-
-
-def probabilities(q, k, norm, scale: float, visible) -> jax.Array:
+def probabilities(t: Tile, q, k, norm, scale: float, visible) -> jax.Array:
     """`P`; 0 where `visible` is False, and in rows whose logsumexp is +inf as they see nothing."""
-    x = scale * _product(q, k, *_SCORES) - norm[..., None]
+    x = scale * t.scores(q, k) - t.each(norm)
     return jnp.exp(x if visible is None else jnp.where(visible, x, -jnp.inf))
 
 
@@ -117,14 +132,14 @@ def begin(total, mixed):
     return jnp.full_like(total, jnp.finfo(total.dtype).min / 2), total, mixed
 
 
-def absorb(state, q, k, v, scale: float, visible):
+def absorb(t: Tile, state, q, k, v, scale: float, visible):
     """The state after a tile more."""
     top, total, mixed = state
-    x = scale * _product(q, k, *_SCORES)
+    x = scale * t.scores(q, k)
     x = x if visible is None else jnp.where(visible, x, -jnp.inf)
     higher = jnp.maximum(top, x.max(-1))
     p, fade = jnp.exp(x - higher[..., None]), jnp.exp(top - higher)
-    return higher, total * fade + p.sum(-1), mixed * fade[..., None] + rows(p, v)
+    return higher, total * fade + p.sum(-1), mixed * fade[..., None] + t.rows(p, v)
 
 
 def finish(state):
@@ -135,55 +150,55 @@ def finish(state):
     return mixed / some[..., None], jnp.where(empty, jnp.inf, top + jnp.log(some))
 
 
-def lin(p, scale, q, k, v, norm, a, b, c):
-    z = _times(p, _moved(scale, q, k, a, b))
-    return _sum(rows(z, v), rows(p, c)), _total(z)
+def lin(t, p, scale, q, k, v, norm, a, b, c):
+    z = _times(p, _moved(t, scale, q, k, a, b))
+    return _sum(t.rows(z, v), t.rows(p, c)), t.total(z)
 
 
-def bwd(p, scale, q, k, v, norm, do, d):
-    ds = _times(scale, _times(p, _sum(scores(do, v), _less(_each(d)))))
-    return rows(ds, k), columns(ds, q), columns(p, do)
+def bwd(t, p, scale, q, k, v, norm, do, d):
+    ds = _times(scale, _times(p, _sum(t.scores(do, v), _less(t.each(d)))))
+    return t.rows(ds, k), t.columns(ds, q), t.columns(p, do)
 
 
-def hess(p, scale, q, k, v, norm, do, d, tq, tk, tv, tnorm, tdo, td):
-    x = _sum(scores(do, v), _less(_each(d)))
+def hess(t, p, scale, q, k, v, norm, do, d, tq, tk, tv, tnorm, tdo, td):
+    x = _sum(t.scores(do, v), _less(t.each(d)))
     ds = _times(scale, _times(p, x))
-    tp = _times(p, _sum(_moved(scale, q, k, tq, tk), _less(_each(tnorm))))
-    tx = _sum(scores(tdo, v), scores(do, tv), _less(_each(td)))
+    tp = _times(p, _sum(_moved(t, scale, q, k, tq, tk), _less(t.each(tnorm))))
+    tx = _sum(t.scores(tdo, v), t.scores(do, tv), _less(t.each(td)))
     tds = _times(scale, _sum(_times(tp, x), _times(p, tx)))
     return (
-        _sum(rows(tds, k), rows(ds, tk)),
-        _sum(columns(tds, q), columns(ds, tq)),
-        _sum(columns(tp, do), columns(p, tdo)),
+        _sum(t.rows(tds, k), t.rows(ds, tk)),
+        _sum(t.columns(tds, q), t.columns(ds, tq)),
+        _sum(t.columns(tp, do), t.columns(p, tdo)),
     )
 
 
-def adj(p, scale, q, k, v, norm, do, d, a, b, c):
-    x = _sum(scores(do, v), _less(_each(d)))
+def adj(t, p, scale, q, k, v, norm, do, d, a, b, c):
+    x = _sum(t.scores(do, v), _less(t.each(d)))
     ds = _times(scale, _times(p, x))
-    z = _times(p, _moved(scale, q, k, a, b))
-    y = _sum(_times(z, x), _times(p, scores(do, c)))
+    z = _times(p, _moved(t, scale, q, k, a, b))
+    y = _sum(_times(z, x), _times(p, t.scores(do, c)))
     return (
-        _sum(_times(scale, rows(y, k)), rows(ds, b)),
-        _sum(_times(scale, columns(y, q)), columns(ds, a)),
-        columns(z, do),
-        _less(_total(y)),
-        _sum(rows(z, v), rows(p, c)),
-        _less(_total(z)),
+        _sum(_times(scale, t.rows(y, k)), t.rows(ds, b)),
+        _sum(_times(scale, t.columns(y, q)), t.columns(ds, a)),
+        t.columns(z, do),
+        _less(t.total(y)),
+        _sum(t.rows(z, v), t.rows(p, c)),
+        _less(t.total(z)),
     )
 
 
-def lin2(p, scale, q, k, v, norm, a, b, c, tq, tk, tv, tnorm):
-    w = _moved(scale, q, k, a, b)
-    tp = _times(p, _sum(_moved(scale, q, k, tq, tk), _less(_each(tnorm))))
-    across = _times(scale, _sum(scores(a, tk), scores(tq, b)))
+def lin2(t, p, scale, q, k, v, norm, a, b, c, tq, tk, tv, tnorm):
+    w = _moved(t, scale, q, k, a, b)
+    tp = _times(p, _sum(_moved(t, scale, q, k, tq, tk), _less(t.each(tnorm))))
+    across = _times(scale, _sum(t.scores(a, tk), t.scores(tq, b)))
     m = _sum(_times(tp, w), _times(p, across))
-    return _sum(rows(m, v), rows(_times(p, w), tv), rows(tp, c)), _total(m)
+    return _sum(t.rows(m, v), t.rows(_times(p, w), tv), t.rows(tp, c)), t.total(m)
 
 
-def _moved(scale, q, k, a, b):
+def _moved(t, scale, q, k, a, b):
     """`W`: how the scores move along `(a, b)`."""
-    return _times(scale, _sum(scores(a, k), scores(q, b)))
+    return _times(scale, _sum(t.scores(a, k), t.scores(q, b)))
 
 
 FORMULAS: dict[str, Callable[..., tuple[jax.Array | None, ...]]] = {

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from metagrad_filter.kernels.attention import formulas, parts  # pyright: ignore[reportMissingImports]
-from metagrad_filter.kernels.attention.formulas import OPERANDS  # pyright: ignore[reportMissingImports]
+from metagrad_filter.kernels.attention.formulas import HEADS, OPERANDS  # pyright: ignore[reportMissingImports]
 from metagrad_filter.kernels.attention.pattern import (  # pyright: ignore[reportMissingImports]
     Pattern,
     both,
@@ -57,13 +57,13 @@ def whole(name: str, scale: float, visible, *operands: Any) -> tuple[jax.Array |
     """Primitive `name` where one tile holds every score; operands laid out as in `formulas`."""
     if name == "fwd":
         q, k, v = operands
-        x = scale * formulas.scores(q, k)
+        x = scale * HEADS.scores(q, k)
         norm = jax.nn.logsumexp(x if visible is None else jnp.where(visible, x, -jnp.inf), axis=-1)
         # Rows that see nothing get weights of 0 from here on.
         norm = jnp.where(norm == -jnp.inf, jnp.inf, norm)
-        return formulas.rows(formulas.probabilities(q, k, norm, scale, visible), v), norm
-    p = formulas.probabilities(operands[0], operands[1], operands[3], scale, visible)
-    return formulas.FORMULAS[name](p, scale, *operands)
+        return HEADS.rows(formulas.probabilities(HEADS, q, k, norm, scale, visible), v), norm
+    p = formulas.probabilities(HEADS, operands[0], operands[1], operands[3], scale, visible)
+    return formulas.FORMULAS[name](HEADS, p, scale, *operands)
 
 
 def _lay(kind: str, x: jax.Array, groups: int) -> jax.Array:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from metagrad_filter.errors import ConfigError
+from metagrad_filter.kernels.attention import attention  # pyright: ignore[reportMissingImports]
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
@@ -69,23 +70,15 @@ def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.
     """Softmax attention of each position to itself and what came before, scaled by `d ** -0.5`.
 
     Args:
-      query: `(B, S, H, d)`.
+      query: `(B, S, H, d)`, in the dtype of all three.
       key: `(B, S, K, d)`; each of the K heads serves `H / K` consecutive query heads.
       value: `(B, S, K, d)`.
 
     Returns:
-      `(B, S, H, d)` in the dtype of `value`; the softmax is taken in float32 or wider.
+      `(B, S, H, d)` in that dtype; the softmax is taken in float32 or wider, and second
+      derivatives take memory linear in S.
     """
-    if value.dtype != jnp.float64:
-        return jax.nn.dot_product_attention(query, key, value, is_causal=True)
-    # jax takes the softmax in float32 whatever the operands are.
-    batch, length, heads, width = query.shape
-    grouped = query.reshape(batch, length, key.shape[2], -1, width)
-    logits = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key) / math.sqrt(width)
-    visible = jnp.tril(jnp.ones((length, length), bool))
-    shares = jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
-    mixed = jnp.einsum("bkgqs,bskd->bqkgd", shares, value)
-    return mixed.reshape(batch, length, heads, width)
+    return attention(query, key, value)
 
 
 def walk(blocks: Iterable[nnx.Module], x: jax.Array, *rest: jax.Array, remat: bool) -> jax.Array:
