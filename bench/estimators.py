@@ -1,7 +1,8 @@
 """What each estimator's selection is worth: every mode of the switch, distilled alike.
 
-python -m bench.estimators            run (about half an hour on two cores), store, print the table
-python -m bench.estimators --table    print the table of the stored record
+python -m bench.estimators                    all of it (about an hour on two cores)
+python -m bench.estimators stable loss mates  these modes from this base, added to the record
+python -m bench.estimators --table            print the table of the stored record
 
 World (`bench.worlds.mixture`): 40 % PubMed of 1976-79 (the target), 40 % BBC news, 20 % shuffled
 PubMed. From the base, an arm trains 144 steps of 64 windows on a quarter of the stream; *recovered*
@@ -15,6 +16,7 @@ RHO-loss label 8,192 windows; those that take dozens of gradients a label (`mate
 1,024. Trajectories take 96 steps, 4 of them, at the share of the live rate that the split-half rule
 chooses (annealed: the live rate itself, which is the plateau's cooled to a thirteenth). The
 on-policy mode follows the version that the estimator of record gave. Costs are in window gradients.
+*Strength 2* is the same scorer drawing by Gumbel top-k, as the gate may choose.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ RECORD = Path(__file__).parent / "records" / "estimators.json"
 SEEDS, KEEP = 2, 0.25
 LABELS, PROBED = 8192, 1024
 HORIZON, TRAJECTORIES = 96, 4
+KINDS = ("annealed", "stable")
 MODES = (
     "metagradient",
     "metagradient / gradient norm",
@@ -47,28 +51,38 @@ MODES = (
     "rho_loss",
     "loss",
 )
+SOFT = "metagradient, strength 2"
 
 
-def measure() -> dict[str, Any]:
-    """Runs every mode from both bases; JSON types only."""
+def measure(kinds: Sequence[str], modes: Sequence[str]) -> None:
+    """Runs modes from bases and adds them to the record as they come."""
     from bench.worlds import mixture
 
-    world = mixture()
-    return {
-        "bases": {kind: _base(world, kind) for kind in ("annealed", "stable")},
-        "config": {
-            "seeds": SEEDS,
-            "keep_ratio": KEEP,
-            "labels": LABELS,
-            "probed_labels": PROBED,
-            "horizon": HORIZON,
-            "trajectories": TRAJECTORIES,
-        },
-        "environment": environment(),
+    config = {
+        "seeds": SEEDS,
+        "keep_ratio": KEEP,
+        "labels": LABELS,
+        "probed_labels": PROBED,
+        "horizon": HORIZON,
+        "trajectories": TRAJECTORIES,
     }
+    record: dict[str, Any] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    if record.get("config") != config:
+        record = {"bases": {}, "config": config, "environment": environment()}
+    world = mixture()
+    for kind in kinds:
+        base = record["bases"].setdefault(kind, {"methods": {}})
+
+        def store(name: str, found: dict[str, Any], base: dict[str, Any] = base) -> None:
+            base["methods"][name] = found
+            write_record(RECORD, record)
+            say(f"{name}: {found}")
+
+        base |= _base(world, kind, modes, store)
+        write_record(RECORD, record)
 
 
-def _base(world, kind: str) -> dict[str, Any]:
+def _base(world, kind: str, modes: Sequence[str], store) -> dict[str, Any]:
     import time
 
     from bench.own_pool import filtered
@@ -97,16 +111,27 @@ def _base(world, kind: str) -> dict[str, Any]:
     def by(scores, strength: float):
         return lambda order, seed: order[filtered(scores, order, KEEP, strength, seed)]
 
-    results: dict[str, Any] = {
-        "random": {"losses": final(by(None, 0.0))},
-        "on-target only": {"losses": final(lambda order, seed: order[world.classes[order] == 0])},
+    limits = {
+        "random": final(by(None, 0.0)),
+        "on-target only": final(lambda order, seed: order[world.classes[order] == 0]),
     }
-    random, ceiling = (np.mean(part["losses"]) for part in results.values())
-    say(f"{kind}: random {random:.4f}, on-target only {ceiling:.4f}")
+    for name, losses in limits.items():
+        store(name, {"losses": losses})
+    random, ceiling = (np.mean(losses) for losses in limits.values())
+
+    def judged(scores, strength: float) -> dict[str, Any]:
+        losses = final(by(scores, strength))
+        kept = world.classes[by(scores, strength)(orders[0], 0)]
+        return {
+            "losses": losses,
+            "recovered": float((random - np.mean(losses)) / (random - ceiling)),
+            "kept": (np.bincount(kept, minlength=3) / len(kept)).round(4).tolist(),
+        }
+
     source = WindowSource(world.stream)
     chosen = np.random.default_rng(3).permutation(count // 2)
     versions = []
-    for mode in MODES:
+    for mode in modes:
         name, _, normalised = mode.partition(" / ")
         many = name in ("mates", "same_batch")
         config = CalibrationConfig(
@@ -136,13 +161,8 @@ def _base(world, kind: str) -> dict[str, Any]:
         scorer = fit_scorer(task.windows, labels, vocab_size=VOCAB)
         versions.append(scorer)
         scores = scorer.score(world.stream)
-        losses = final(by(scores, math.inf))
-        order = orders[0]
-        kept = world.classes[by(scores, math.inf)(order, 0)]
-        results[mode] = {
-            "losses": losses,
-            "recovered": float((random - np.mean(losses)) / (random - ceiling)),
-            "kept": (np.bincount(kept, minlength=3) / len(kept)).round(4).tolist(),
+        found_here = {
+            **judged(scores, math.inf),
             "reliability": split_half_reliability(halves) if found.independent else None,
             "rank_correlation": scorer.metadata["rank_correlation"],
             "within_class": _within(labels, scorer, task.windows, world.classes[index]),
@@ -151,8 +171,10 @@ def _base(world, kind: str) -> dict[str, Any]:
             "gradients": found.gradients,
             "seconds": round(seconds, 1),
         }
-        say(f"{kind} {mode}: {results[mode]}")
-    return {"methods": results, "steps": steps, "learning_rate": live}
+        store(mode, found_here)
+        if mode == MODES[0]:
+            store(SOFT, {**found_here, **judged(scores, 2.0)})
+    return {"steps": steps, "learning_rate": live}
 
 
 def _within(labels, scorer, windows, classes) -> float:
@@ -174,10 +196,13 @@ def table(record: dict[str, Any]) -> str:
         "stable: recovered | kept | split-half | gradients |",
         "|---|---:|---|---:|---:|---|---:|---:|",
     ]
-    both = [record["bases"][kind]["methods"] for kind in ("annealed", "stable")]
-    for mode in MODES:
+    both = [record["bases"].get(kind, {}).get("methods", {}) for kind in KINDS]
+    for mode in (MODES[0], SOFT, *MODES[1:]):
         cells = []
         for methods in both:
+            if mode not in methods:
+                cells += ["", "", ""]
+                continue
             row = methods[mode]
             kept = " / ".join(f"{share:.2f}" for share in row["kept"])
             reliability = row["reliability"]
@@ -186,15 +211,22 @@ def table(record: dict[str, Any]) -> str:
                 kept,
                 "" if reliability is None else f"{reliability:.2f}",
             ]
-        lines.append(f"| {mode} | " + " | ".join(cells) + f" | {both[0][mode]['gradients']:,.0f} |")
+        costs = [f"{methods[mode]['gradients']:,.0f}" for methods in both if mode in methods]
+        lines.append(f"| {mode} | " + " | ".join([*cells, *costs[:1]]) + " |")
     return "\n".join(lines)
 
 
 def main(arguments: list[str]) -> None:
-    if arguments not in ([], ["--table"]):
-        sys.exit(f"bench.estimators: unknown arguments {arguments}; expected none or --table")
-    if not arguments:
-        write_record(RECORD, measure())
+    if arguments != ["--table"]:
+        kinds, modes = arguments[:1] or KINDS, arguments[1:] or MODES
+        if not set(kinds) <= set(KINDS) or not set(modes) <= set(MODES):
+            sys.exit(
+                f"bench.estimators: unknown arguments {arguments}; expected none, --table, or one "
+                f"of {list(KINDS)} and then some of {list(MODES)}."
+            )
+        if "on_policy" in modes and modes[0] != MODES[0]:
+            sys.exit(f"bench.estimators: on_policy follows a version of {MODES[0]}; name it first.")
+        measure(kinds, modes)
     text = table(json.loads(RECORD.read_text()))
     README.write_text(replaced(README.read_text(), "estimators-table", text))
     print(text)

@@ -31,6 +31,7 @@ HOT_LANE = [
     "metagrad_filter.watch",
     "metagrad_filter.counting",
     "metagrad_filter.blockstats",
+    "metagrad_filter.monitor.port",
     "metagrad_filter.monitor.sinks",
     "metagrad_filter.decisions",
     "metagrad_filter.blocks",
