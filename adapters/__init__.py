@@ -17,6 +17,7 @@ Each module is imported when it is first used, and only then needs its framework
     webdataset   a pipeline stage
     tfdata       tf.data.Dataset
     text         documents to windows, before any of these
+    timeseries   multivariate series of any source to windows, before any of these
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ _MODULES = (
     "streaming",
     "text",
     "tfdata",
+    "timeseries",
     "torch",
     "webdataset",
 )

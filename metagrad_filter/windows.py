@@ -113,8 +113,13 @@ class SeriesWindows:
             stacked = np.stack(arrays)
         # Values beyond float32 become inf here, which the scorer counts as missing.
         with np.errstate(over="ignore"):
-            stacked = stacked.astype(np.float32)
+            stacked = stacked.astype(np.float32, copy=False)
         if self.mask_key is not None:
+            masks = _stack_alike(elements, self.mask_key, rank=2, kinds="b")
+            if masks is not None and masks.shape == stacked.shape:
+                # One pass: window by window, the masks take as long as scoring does.
+                np.copyto(stacked, np.nan, where=~masks)
+                return stacked
             for position, element in enumerate(elements):
                 mask = np.asarray(_entry(element, self.mask_key, position))
                 if mask.dtype != bool or mask.shape not in (
