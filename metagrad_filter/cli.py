@@ -9,6 +9,7 @@ and nothing else.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -38,12 +39,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Demo:
-    """Run the whole job on real text: train, calibrate, filter a live stream, compare, report.
+    """Run the whole job on real data: train, calibrate, filter a live stream, compare, report.
 
-    Downloads two small packages of text once (about 60 MB), then needs no network. Takes under ten
-    minutes on two CPU cores, or two with --quick.
+    Downloads one or two small packages of data once (about 60 MB), then needs no network. Takes
+    under ten minutes on two CPU cores, or two with --quick.
     """
 
+    kind: Literal["text", "series"] = "text"
+    """text: abstracts against news; series: rapid intensification in Atlantic storms."""
     out: Path = Path("demo")
     """Folder for results.json, report.html and the run directory."""
     seeds: int | None = None
@@ -57,18 +60,10 @@ class Demo:
         # The worker process compiles the same programs as this one; both read this variable when
         # they import jax, which is why it is set before.
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((self.out / "compiled").absolute()))
-        from metagrad_filter.demo.config import DemoConfig
-        from metagrad_filter.demo.report import summary_table
-        from metagrad_filter.demo.run import run_demo
-
-        config = DemoConfig(out=self.out)
-        if self.quick:
-            config = config.quick()
-        if self.seeds is not None:
-            config = replace(config, seeds=self.seeds)
+        run, table = self._text() if self.kind == "text" else self._series()
         with _progress(console) as progress:
-            results = run_demo(config, progress=progress)
-        console.print(summary_table(results))
+            results = run(progress=progress)
+        console.print(table(results))
         scorer, differences = results["scorer"], results["finite_difference"]
         console.print(
             f"scorer: rank correlation with unseen labels {scorer['rank_correlation']:.2f}, "
@@ -78,6 +73,25 @@ class Demo:
             f"{results['seconds']:.0f} s; see {self.out / 'report.html'}"
         )
         return results
+
+    def _text(self) -> tuple[Callable[..., dict[str, Any]], Callable[..., Table]]:
+        from metagrad_filter.demo.config import DemoConfig
+        from metagrad_filter.demo.report import summary_table
+        from metagrad_filter.demo.run import run_demo
+
+        return functools.partial(run_demo, self._sized(DemoConfig(out=self.out))), summary_table
+
+    def _series(self) -> tuple[Callable[..., dict[str, Any]], Callable[..., Table]]:
+        from metagrad_filter.demo.series_config import SeriesDemoConfig
+        from metagrad_filter.demo.series_report import series_summary_table
+        from metagrad_filter.demo.series_run import run_series_demo
+
+        config = self._sized(SeriesDemoConfig(out=self.out))
+        return functools.partial(run_series_demo, config), series_summary_table
+
+    def _sized(self, config: Any) -> Any:
+        config = config.quick() if self.quick else config
+        return config if self.seeds is None else replace(config, seeds=self.seeds)
 
 
 @dataclass(frozen=True)

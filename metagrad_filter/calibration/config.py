@@ -88,7 +88,8 @@ class CalibrationConfig:
       gate_may_starve: names of sources that may be dropped all the same, such as known junk.
       spooled_windows: how many windows a spool must hold before a round begins; None takes as many
         as a trajectory draws, and at least 100.
-      vocab_size: token ids of the windows; None reads it from the proxy's loss configuration.
+      vocab_size: token ids of the windows; None reads it from the proxy's loss configuration. Time
+        series have none.
       pad_id: id that pads windows and never counts.
     """
 

@@ -64,7 +64,7 @@ class RoundReport:
       reliability: split-half rank correlation of the labels; None where the estimator has no
         randomness, or the round ended before it.
       rank_correlation: of the scorer with labels that its fit has not seen.
-      form: "linear" or "linear+bag".
+      form: "linear", "linear+bag" (text) or "linear+mlp" (series).
       labels: windows that the scorer was fitted and judged on, over the pooled rounds.
       gate: what the paired runs measured, or None where the round ended before them.
       live_step: step of the live training state that the round started from, or None.
@@ -307,7 +307,8 @@ def _publish(
     if not verdict.publish:
         registry.reject(scorer, verdict.reason, metadata)
         return replace(found, reason=str(verdict))
-    version = registry.publish(replace(scorer, strength=verdict.strength), metadata)
+    chosen = replace(scorer, strength=verdict.strength)  # pyright: ignore[reportArgumentType]
+    version = registry.publish(chosen, metadata)
     reason = PUBLISHED if verdict.reason == PUBLISHED else str(verdict)
     return replace(found, version=version, reason=reason)
 

@@ -46,6 +46,23 @@ CLASSES = {
     "off_target": Look("off target", "#dd9300", "#f2b84b", "--", "^"),
     "corrupt": Look("corrupt", "#52575e", "#b9bec7", ":", "x"),
 }
+# The demo on time series.
+SERIES_METHODS = {
+    "random": METHODS["random"],
+    "surprise": Look("surprise", "#b3261e", "#ff8a80", (0, (1, 1))),
+    "low_loss": Look("low loss", "#3a9bd9", "#6cc0f5", (0, (5, 2))),
+    "rho_loss": METHODS["rho_loss"],
+    "loss_band": Look("loss band", "#009e73", "#2fc79b", "-."),
+    "metagrad": METHODS["metagrad"],
+    "rare_oracle": Look("rare oracle", "#2b3036", "#e8eaed", "--"),
+}
+SERIES_CLASSES = {
+    "normal": Look("usual", "#dd9300", "#f2b84b", "--", "^"),
+    "rare": Look("rare", "#0072b2", "#4fb3ee", "-", "o"),
+    "corrupt": CLASSES["corrupt"],
+}
+_METHODS = METHODS | SERIES_METHODS
+_CLASSES = CLASSES | SERIES_CLASSES
 _PLAIN = {
     "ink": ("#1b1f26", "#e6e8ec"),
     "muted": ("#5b6470", "#9aa3af"),
@@ -61,7 +78,7 @@ _POINTS = 1500
 
 def method_look(name: str) -> Look:
     """Returns how a method is drawn; one that is not listed gets its own name in plain colour."""
-    return METHODS.get(name) or _UNKNOWN._replace(name=name.replace("_", " "))
+    return _METHODS.get(name) or _UNKNOWN._replace(name=name.replace("_", " "))
 
 
 def css_variables(*, dark: bool) -> str:
@@ -69,28 +86,40 @@ def css_variables(*, dark: bool) -> str:
     plain = {f"--{name}": pair[dark] for name, pair in _PLAIN.items()}
     drawn = {
         f"--{_slug(name)}": look.dark if dark else look.light
-        for name, look in (METHODS | CLASSES).items()
+        for name, look in (_METHODS | _CLASSES).items()
     }
     return " ".join(f"{name}: {value};" for name, value in (plain | drawn).items())
 
 
 def css_colour(name: str) -> str:
     """Returns the CSS value for a method or a class."""
-    return f"var(--{_slug(name)})" if name in METHODS or name in CLASSES else "var(--muted)"
+    return f"var(--{_slug(name)})" if name in _METHODS or name in _CLASSES else "var(--muted)"
 
 
-def loss_curves(methods: Mapping[str, Any]) -> str | None:
+def loss_curves(
+    methods: Mapping[str, Any],
+    *,
+    x: str = "training tokens",
+    y: str = "held-out loss (nats/token)",
+    title: str = "Held-out loss against training tokens for each method",
+    name: str = "loss",
+) -> str | None:
     """Draws held-out loss against training tokens: mean over seeds, band from least to greatest.
 
     Args:
       methods: name to results; `curve` holds `tokens` `(P,)` and `loss` `(P, seeds)` in nats per
         token (`(seeds, P)` is taken too). A method without a curve is left out.
+      x: what is on the horizontal axis.
+      y: what is on the vertical axis.
+      title: what the figure shows, for readers who do not see it.
+      name: of the figure; two figures of a page need different ones.
     """
     figure, axes = _figure(right=0.76)
     ends: list[tuple[float, str, str]] = []
     last = 0.0
-    for name in [*(n for n in METHODS if n in methods), *(n for n in methods if n not in METHODS)]:
-        curve = methods[name].get("curve") or {}
+    known = [n for n in _METHODS if n in methods]
+    for method in [*known, *(n for n in methods if n not in _METHODS)]:
+        curve = methods[method].get("curve") or {}
         tokens = np.asarray(curve.get("tokens") or [], float)
         loss = np.asarray(curve.get("loss") or [], float)
         if loss.ndim == 1:
@@ -99,8 +128,8 @@ def loss_curves(methods: Mapping[str, Any]) -> str | None:
             loss = loss.T
         if len(tokens) < 2 or len(loss) != len(tokens) or not np.isfinite(loss).all():
             continue
-        look = method_look(name)
-        front = name == "metagrad"
+        look = method_look(method)
+        front = method == "metagrad"
         axes.fill_between(
             tokens, loss.min(1), loss.max(1), color=look.light, alpha=0.16, lw=0, zorder=2
         )
@@ -117,11 +146,11 @@ def loss_curves(methods: Mapping[str, Any]) -> str | None:
     if not ends:
         return None
     axes.set_xlim(0, last)
-    axes.set_xlabel("training tokens")
-    axes.set_ylabel("held-out loss (nats/token)")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
     axes.xaxis.set_major_formatter(lambda value, _: short_number(value))
     _label_ends(axes, last, ends)
-    return _svg(figure, "loss", "Held-out loss against training tokens for each method")
+    return _svg(figure, name, title)
 
 
 def kept_over_stream(stream: Mapping[str, Any]) -> str | None:
@@ -130,14 +159,14 @@ def kept_over_stream(stream: Mapping[str, Any]) -> str | None:
     Args:
       stream: `kept_share` with one list per class, `swaps` with `block` and `version` of each.
     """
-    shares = {n: v for n, v in (stream.get("kept_share") or {}).items() if n in CLASSES and v}
+    shares = {n: v for n, v in (stream.get("kept_share") or {}).items() if n in _CLASSES and v}
     if not shares:
         return None
     figure, axes = _figure(right=0.82, top=0.87)
     swaps = sorted((int(s["block"]), s["version"]) for s in stream.get("swaps") or [])
     ends: list[tuple[float, str, str]] = []
     blocks = max(len(values) for values in shares.values())
-    for name, look in CLASSES.items():
+    for name, look in _CLASSES.items():
         if name not in shares:
             continue
         values = np.asarray(shares[name], float)
@@ -183,14 +212,14 @@ def score_histogram(histogram: Mapping[str, Any]) -> str | None:
       histogram: `edges` `(E + 1,)` and, per class, `(E,)` counts of windows.
     """
     edges = np.asarray(histogram.get("edges") or [], float)
-    present = {n: np.asarray(histogram[n], float) for n in CLASSES if histogram.get(n)}
+    present = {n: np.asarray(histogram[n], float) for n in _CLASSES if histogram.get(n)}
     if len(edges) < 2 or not present:
         return None
     figure, axes = _figure()
     for name, counts in present.items():
         if len(counts) != len(edges) - 1:
             continue
-        look = CLASSES[name]
+        look = _CLASSES[name]
         axes.stairs(counts, edges, fill=True, color=look.light, alpha=0.16, lw=0)
         axes.stairs(counts, edges, color=look.light, lw=1.9, ls=look.line)
     axes.set_xlim(edges[0], edges[-1])
@@ -220,7 +249,7 @@ def score_against_label(scatter: Mapping[str, Any]) -> str | None:
     x, y = _percentiles(label)[shown], _percentiles(score)[shown]
     figure, axes = _figure()
     axes.plot([0, 100], [0, 100], color=_PLAIN["muted"][0], lw=1, ls=(0, (4, 3)), zorder=1)
-    for name, look in CLASSES.items():
+    for name, look in _CLASSES.items():
         mine = kinds[shown] == name
         axes.plot(
             x[mine],
@@ -334,7 +363,9 @@ def _svg(figure: Any, name: str, title: str) -> str:
 
 def _variables() -> list[tuple[str, str]]:
     plain = [(f"--{name}", pair[0]) for name, pair in _PLAIN.items()]
-    return plain + [(f"--{_slug(name)}", look.light) for name, look in (METHODS | CLASSES).items()]
+    return plain + [
+        (f"--{_slug(name)}", look.light) for name, look in (_METHODS | _CLASSES).items()
+    ]
 
 
 def _slug(name: str) -> str:

@@ -36,7 +36,7 @@ from metagrad_filter.metagradient.checks import (
 from metagrad_filter.metagradient.optimizer import warm_state
 from metagrad_filter.metagradient.probe import score_with_probes
 from metagrad_filter.proxy.proxy import Proxy
-from metagrad_filter.targets import HeldOutLoss
+from metagrad_filter.targets import HeldOutMetric
 from metagrad_filter.types import Loss, Outer, Progress, PyTree, silent
 
 ADJOINT_ERROR = 1e-4
@@ -99,7 +99,7 @@ def examine_small_world(
 
 def examine(
     proxy: Proxy,
-    target: HeldOutLoss,
+    target: HeldOutMetric,
     source: WindowSource,
     config: CalibrationConfig,
     *,
@@ -153,7 +153,7 @@ class _Subject:
     """What all stages share: the cooled optimizer, warm moments, and disjoint windows."""
 
     def __init__(
-        self, proxy: Proxy, target: HeldOutLoss, source: WindowSource, config: CalibrationConfig
+        self, proxy: Proxy, target: HeldOutMetric, source: WindowSource, config: CalibrationConfig
     ):
         self.proxy, self.source, self.config = proxy, source, config
         self.outer = target.outer(proxy.loss)

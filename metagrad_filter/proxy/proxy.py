@@ -23,7 +23,9 @@ class Proxy:
     module-level function, a frozen dataclass such as `DecoderLoss`, a `functools.partial`).
 
     Attributes:
-      loss: `loss(params, windows) -> (B,)` in nats (or any unit) per window.
+      loss: `loss(params, windows) -> (B,)` in nats (or any unit) per window. One that crosses zero,
+        as the nats of a density do, has an attribute `unit`: the least magnitude that a share of it
+        is taken of (`maximum_rise`).
       params: current parameters.
       opt_state: live (warm) optimizer state; its moments are taken over by tree path. None where
         only the weights exist: a round then warms moments at these parameters itself.
