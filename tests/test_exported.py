@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -76,9 +77,12 @@ def test_an_exporter_that_fails_never_stops_the_filter(tmp_path, monkeypatch):
 
     monkeypatch.setattr(blocks, "exported", broken)
     config = FilterConfig(
-        run_dir=str(tmp_path), keep_ratio=0.25, windows=mgf.TextWindows("tokens"), block_windows=16,
+        run_dir=str(tmp_path),
+        keep_ratio=Fraction(1, 4),
+        windows=mgf.TextWindows("tokens"),
+        block_windows=16,
         name="export-fails",
-    )  # fmt: skip  # pyright: ignore[reportArgumentType]
+    )
     config.bind()
     with pytest.warns(RuntimeWarning, match="Prometheus does not get the filter's numbers"):
         choice = BlockFilter(config).choose(0, 0, make_elements(16))

@@ -72,7 +72,7 @@ def test_names_of_sources_come_back(tmp_path_factory, given_names):
         assert found.sources[found.blocks == block].tolist() == [whole] * 3
     known = WindowSource(found).sources(np.arange(len(found)))
     if any(found.sources != ""):
-        assert known.tolist() == [name or "unknown" for name in found.sources]
+        assert known is not None and known.tolist() == [name or "unknown" for name in found.sources]
     else:
         assert known is None
 
@@ -229,7 +229,7 @@ def test_the_newest_windows_are_those_of_the_highest_blocks(tmp_path):
     assert len(SpooledWindows(tmp_path, newest=100)) == 40
     for wrong in (0, -1, 2.0, True):
         with pytest.raises(ConfigError, match=r"newest=.*windows >= 1"):
-            SpooledWindows(tmp_path, newest=wrong)
+            SpooledWindows(tmp_path, newest=wrong)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_disk_that_fails_pauses_sampling_with_one_warning(tmp_path, monkeypatch):
