@@ -64,6 +64,8 @@ class Registry:
 
     Args:
       run_dir: a directory, a URL (see `open_store`), or a store.
+      metadata: JSON types that every version published through this object carries, such as what
+        scaled the windows.
 
     Attributes:
       store: where the versions are.
@@ -71,8 +73,13 @@ class Registry:
       rejections: how often this object skipped or refused a version, by reason.
     """
 
-    def __init__(self, run_dir: str | os.PathLike[str] | Store):
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str] | Store,
+        metadata: Mapping[str, Any] | None = None,
+    ):
         self.store = open_store(run_dir)
+        self._metadata = dict(metadata or {})
         self.directory = self.store.describe(FOLDER)
         self.rejections: Counter[str] = Counter()
         self._warned: set[tuple[int, str]] = set()
@@ -93,7 +100,7 @@ class Registry:
           when it cannot be written (earlier versions are intact) and `ConfigError` when it cannot
           be encoded.
         """
-        merged = scorer.metadata | dict(metadata or {})
+        merged = scorer.metadata | self._metadata | dict(metadata or {})
         payload, manifest = artifact.dump(dataclasses.replace(cast(Any, scorer), metadata=merged))
         try:
             with self.store.exclusive(FOLDER) as locked:

@@ -7,6 +7,7 @@ system calls, a power loss, and files that are not what they seem.
 import errno
 import json
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -51,6 +52,14 @@ def test_a_published_file_is_private_and_whole(tmp_path):
     for name in ("00000001.json", "00000001.safetensors"):
         status = (tmp_path / "registry" / name).stat()
         assert status.st_mode & 0o777 == 0o600 and status.st_nlink == 1
+
+
+def test_what_a_registry_is_given_every_version_carries(tmp_path):
+    scaling = {"rule": "robust", "center": [0.5], "scale": [2.0]}
+    registry = pickle.loads(pickle.dumps(Registry(tmp_path, {"scaling": scaling, "by": "all"})))
+    registry.publish(make_scorer(3), metadata={"by": "this one"})
+    stored = Registry(tmp_path).load(1).metadata
+    assert (stored["scaling"], stored["by"], stored["seed"]) == (scaling, "this one", 3)
 
 
 @pytest.mark.parametrize("version", [0, -1, 99, 10**8, "1", "../1", True, 1.0, None])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +62,8 @@ class Calibrator:
       sources: where each of the windows is from, `(N,)` names, or the entry of a dataset's elements
         that holds the name. Then a candidate that would all but drop a large source is rejected,
         see `gate_minimum_source_share` and `gate_may_starve`.
+      metadata: JSON types that every published version carries, such as
+        `{"scaling": scaling.as_dict()}` of the time series adapter.
 
     Example:
       >>> calibrator = Calibrator(run_dir, proxy=proxy, target=HeldOutLoss(held_out),
@@ -83,6 +85,7 @@ class Calibrator:
         checkpoints: str | Path | Checkpoints | None = None,
         progress: Progress | None = None,
         sources: Any = None,
+        metadata: Mapping[str, Any] | None = None,
     ):
         self.run_dir = Path(run_dir).absolute()
         self._session: str | None = secrets.token_hex(8)
@@ -100,7 +103,7 @@ class Calibrator:
             check(part.gate_windows)
         if self.source.spool is None:
             check_source(self.source, self.config)
-        self.registry = Registry(self.run_dir)
+        self.registry = Registry(self.run_dir, metadata)
         self.labels = LabelStore(self.run_dir)
         self._reports = self.run_dir / "rounds"
         self._reports.mkdir(parents=True, exist_ok=True)
