@@ -332,7 +332,7 @@ def test_numbers_are_served_while_the_worker_looks(tmp_path):
     sinks = monitoring.sinks()
     attendant = Attendant(tmp_path, monitoring, sinks=sinks)
     attendant.look()
-    port = sinks[0]._server[0].server_port  # pyright: ignore
+    port = sinks[0].port  # pyright: ignore
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
         text = response.read().decode()
     assert 'metagrad_filter_alarm{kind="psi"} 1.0' in text
@@ -378,7 +378,7 @@ def test_a_sink_that_fails_is_warned_about_once_and_stops_nothing(tmp_path):
 
 def test_a_port_that_is_taken_keeps_no_round_from_being_run(tmp_path):
     (held,) = Monitoring(prometheus_port=0).sinks()
-    port = held._server[0].server_port  # pyright: ignore
+    port = held.port  # pyright: ignore
     loop, _ = looking(small(tmp_path), Schedule(rounds=1), monitor=Monitoring(prometheus_port=port))
     with pytest.warns(RuntimeWarning, match=f"port {port} of 127.0.0.1 cannot be used"):
         assert loop.run() == 1

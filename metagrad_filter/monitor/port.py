@@ -13,6 +13,11 @@ class MetricsPort:
     def __init__(self) -> None:
         self._serving: Any = None
 
+    @property
+    def number(self) -> int | None:
+        """The port that is served, None while it is closed."""
+        return None if self._serving is None else self._serving[0].server_port
+
     def open(self, registry: Any, port: int, addr: str) -> int:
         """Starts to answer and returns the port.
 

@@ -338,6 +338,11 @@ class Prometheus:
             multiprocess.MultiProcessCollector(registry)
         return self._port.open(registry, port, addr)
 
+    @property
+    def port(self) -> int | None:
+        """The port that `serve` opened, or None."""
+        return self._port.number
+
     def close(self) -> None:
         self._port.close()
 
