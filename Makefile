@@ -68,6 +68,8 @@ bench: $(VENV)/.demo
 	$(BIN)/python -m bench.refresh
 	$(BIN)/python -m bench.drift
 	$(BIN)/python -m bench.own_pool
+	$(BIN)/python -m bench.series
+	$(BIN)/python -m bench.series_store
 	$(BIN)/python -m bench.attention
 	$(BIN)/python -m bench.throughput
 	$(BIN)/python -m bench.loader
