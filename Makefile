@@ -68,6 +68,7 @@ bench: $(VENV)/.demo
 	$(BIN)/python -m bench.refresh
 	$(BIN)/python -m bench.drift
 	$(BIN)/python -m bench.own_pool
+	$(BIN)/python -m bench.series_demo
 	$(BIN)/python -m bench.series
 	$(BIN)/python -m bench.series_store
 	$(BIN)/python -m bench.attention

@@ -11,7 +11,17 @@ import optax
 import pytest
 
 import metagrad_filter as mgf
-from bench import distillation, drift, loader, metagradients, own_pool, refresh, throughput
+from bench import (
+    distillation,
+    drift,
+    estimators,
+    loader,
+    metagradients,
+    own_pool,
+    refresh,
+    series_demo,
+    throughput,
+)
 from bench.demo import RECORD, with_table
 from bench.readme import README, replaced
 from metagrad_filter.proxy import DecoderConfig, DecoderLoss, init_decoder
@@ -84,6 +94,8 @@ def test_the_metagradients_tables_are_the_record():
         (drift, "drift-table"),
         (refresh, "refresh-table"),
         (own_pool, "own-pool-table"),
+        (estimators, "estimators-table"),
+        (series_demo, "series-demo-table"),
     ],
 )
 def test_the_cost_tables_are_the_records(module, name):
