@@ -293,6 +293,11 @@ def _figures(results: Results) -> str:
             "The diagonal is perfect agreement. Percentiles, since labels have extreme tails.",
         ),
     )
+    return _grid(parts)
+
+
+def _grid(parts: Iterable[tuple[str, str, str | None, str]]) -> str:
+    """Cards of the figures that were drawn: title, key, drawing and caption of each."""
     drawn = [
         f'<figure class="card"><h3>{title}</h3>{key}{svg}'
         f"<figcaption>{escape(caption)}</figcaption></figure>"

@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from metagrad_filter.calibration.calibrator import Calibrator
 from metagrad_filter.demo.config import DemoConfig
 from metagrad_filter.demo.data import CLASS_NAMES, World, build_world
 from metagrad_filter.demo.domain_match import domain_match_scores
+from metagrad_filter.demo.live import LiveArm
 from metagrad_filter.demo.report import write_report
 from metagrad_filter.demo.rivals import low_perplexity_scores, rho_loss_scores, tuned_reference
 from metagrad_filter.demo.stream import (
@@ -212,7 +212,7 @@ class _Bench:
     def arm(self) -> Arm:
         return Arm.start(self.proxy, self.rates, self.parts.report[: self.config.curve_windows])
 
-    def live_arm(self, run_dir: Path, *, seed: int) -> _LiveArm:
+    def live_arm(self, run_dir: Path, *, seed: int) -> LiveArm:
         batches = live_batches(
             self.parts.stream,
             self.parts.classes,
@@ -221,7 +221,8 @@ class _Bench:
             self.config,
             name=f"seed-{seed}",
         )
-        return _LiveArm(self.arm(), batches, self.config.steps // 2)
+        half = self.config.steps // 2
+        return LiveArm(self.arm(), batches, half, key="tokens", evaluate_every=EVALUATE_EVERY)
 
     def record(self, method: str, arm: Arm, classes: np.ndarray) -> None:
         self.arms[method].append(arm)
@@ -290,32 +291,6 @@ class _Bench:
             }
             for name, arms in self.arms.items()
         }
-
-
-class _LiveArm:
-    """Training on the live, filtered grain stream, half of it at a time."""
-
-    def __init__(self, arm: Arm, batches: Iterator[dict[str, np.ndarray]], half: int):
-        self.arm, self._batches, self._half = arm, batches, half
-        self._classes: list[np.ndarray] = []
-        self._versions: list[np.ndarray] = []
-
-    def train_half(self) -> None:
-        left = self._half
-        while left:
-            taken = list(islice(self._batches, min(EVALUATE_EVERY, left)))
-            self.arm.train(np.stack([batch["tokens"] for batch in taken]))
-            self._classes += [batch["class"] for batch in taken]
-            self._versions += [batch["scorer_version"] for batch in taken]
-            left -= len(taken)
-
-    @property
-    def classes(self) -> np.ndarray:
-        return np.concatenate(self._classes)
-
-    @property
-    def versions(self) -> np.ndarray:
-        return np.concatenate(self._versions)
 
 
 def _train_base(

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import grain
 import numpy as np
 
 from metagrad_filter.calibration.estimators import estimate
 from metagrad_filter.calibration.estimators.task import Task, combined
 from metagrad_filter.calibration.estimators.windows import losses_of
 from metagrad_filter.calibration.source import WindowSource
+from metagrad_filter.demo.live import filtered_batches
 from metagrad_filter.demo.series_config import SeriesDemoConfig
 from metagrad_filter.demo.series_data import CLASS_NAMES, NORMAL, RARE, Stream, Windows
 from metagrad_filter.demo.series_world import Judgement, judge
@@ -32,7 +32,6 @@ from metagrad_filter.labels import gaussian_ranks
 from metagrad_filter.proxy import Proxy
 from metagrad_filter.selection import select
 from metagrad_filter.targets import Target
-from metagrad_filter.transform import score_filter
 from metagrad_filter.windows import SeriesWindows
 
 EVALUATE_EVERY = 12  # steps between points of a curve
@@ -175,23 +174,7 @@ class _Source:
 def live_batches(
     stream: Stream, order: np.ndarray, run_dir: Path, config: SeriesDemoConfig, *, name: str
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of the filtered stream: a real grain pipeline with the product's filter in it.
-
-    The scorer version may change at half of the stream. The pipeline reads no further ahead than
-    the block it is filtering, so the version is decided when training reaches it.
-    """
-    ds = grain.MapDataset.source(_Source(stream, order)).to_iter_dataset(
-        grain.ReadOptions(num_threads=1, prefetch_buffer_size=64)
+    """Batches of the filtered stream, see `filtered_batches`."""
+    return filtered_batches(
+        _Source(stream, order), SeriesWindows("values"), run_dir, config, name=name
     )
-    ds = score_filter(
-        ds,
-        run_dir,
-        keep_ratio=config.keep_ratio,
-        windows=SeriesWindows("values"),
-        block_windows=config.block_windows,
-        swap_every_blocks=config.blocks // 2,
-        seed=config.seed,
-        name=name,
-        annotate=True,
-    )
-    return iter(ds.batch(config.batch_windows))

@@ -253,13 +253,7 @@ def _figures(results: Results) -> str:
             "The diagonal is perfect agreement. Percentiles, since labels have extreme tails.",
         ),
     )
-    drawn = [
-        f'<figure class="card"><h3>{title}</h3>{key}{svg}'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-        for title, key, svg, caption in parts
-        if svg
-    ]
-    return f'<div class="grid">{"".join(drawn)}</div>' if drawn else "<p>No figure.</p>"
+    return page._grid(parts)
 
 
 def _curves(methods: Mapping[str, Any], measure: str, unit: str) -> str | None:

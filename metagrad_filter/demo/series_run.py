@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import time
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import numpy as np
 
 from metagrad_filter.calibration.calibrator import Calibrator
 from metagrad_filter.demo import run as text_run
+from metagrad_filter.demo.live import LiveArm
 from metagrad_filter.demo.series_arms import (
     EVALUATE_EVERY,
     SeriesArm,
@@ -107,7 +107,7 @@ def run_series_demo(
         progress("finite differences", 1, 1)
 
     bench = SeriesBench(proxy, world, config)
-    live = _LiveArm(bench, run_dir, seed=0)
+    live = bench.live(run_dir, seed=0)
     progress("live stream, first half", 0, 1)
     with clock("live_stream"):
         live.train_half()
@@ -123,7 +123,7 @@ def run_series_demo(
             if seed:
                 # The other seeds replay the first one's decisions: the same version at each block.
                 Ledger(run_dir, "seed-0").fork(f"seed-{seed}")
-                live = _LiveArm(bench, run_dir, seed=seed)
+                live = bench.live(run_dir, seed=seed)
                 live.train_half()
             live.train_half()
             bench.record("metagrad", live.arm, live.classes)
@@ -179,6 +179,18 @@ class SeriesBench:
         self.seconds: dict[str, dict[str, float | None]] = {
             name: {"prepare_seconds": None, "score_seconds": None} for name in METHODS
         }
+
+    def live(self, run_dir: Path, *, seed: int) -> LiveArm:
+        """An arm on the live stream in the order of a seed."""
+        config, world = self.config, self.world
+        order = stream_order(config, seed)
+        return LiveArm(
+            SeriesArm.start(self.proxy, world.report, config),
+            live_batches(world.stream, order, run_dir, config, name=f"seed-{seed}"),
+            config.steps // 2,
+            key="values",
+            evaluate_every=EVALUATE_EVERY,
+        )
 
     def record(self, method: str, arm: SeriesArm, classes: np.ndarray) -> None:
         """Adds a finished arm of a method."""
@@ -254,36 +266,6 @@ def _retained(kept: list[np.ndarray], stream: Stream) -> float:
     """Share of the stream's rare windows that is kept, mean over seeds."""
     there = int(np.sum(stream.windows.classes == RARE))
     return float(np.mean([np.sum(classes == RARE) / there for classes in kept]))
-
-
-class _LiveArm:
-    """Training on the live, filtered grain stream, half of it at a time."""
-
-    def __init__(self, bench: SeriesBench, run_dir: Path, *, seed: int):
-        config, world = bench.config, bench.world
-        self.arm = SeriesArm.start(bench.proxy, world.report, config)
-        order = stream_order(config, seed)
-        self._batches = live_batches(world.stream, order, run_dir, config, name=f"seed-{seed}")
-        self._half = config.steps // 2
-        self._classes: list[np.ndarray] = []
-        self._versions: list[np.ndarray] = []
-
-    def train_half(self) -> None:
-        left = self._half
-        while left:
-            taken = list(islice(self._batches, min(EVALUATE_EVERY, left)))
-            self.arm.train(np.stack([batch["values"] for batch in taken]))
-            self._classes += [batch["class"] for batch in taken]
-            self._versions += [batch["scorer_version"] for batch in taken]
-            left -= len(taken)
-
-    @property
-    def classes(self) -> np.ndarray:
-        return np.concatenate(self._classes)
-
-    @property
-    def versions(self) -> np.ndarray:
-        return np.concatenate(self._versions)
 
 
 def ranked_above(first: np.ndarray, second: np.ndarray) -> float | None:

@@ -7,16 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import grain
 import numpy as np
 
 from metagrad_filter.demo.config import DemoConfig
 from metagrad_filter.demo.data import CLASS_NAMES, ON_TARGET
+from metagrad_filter.demo.live import filtered_batches
 from metagrad_filter.demo.training import State, continued_state, mean_window_loss, train
 from metagrad_filter.errors import WindowError
 from metagrad_filter.proxy.proxy import Proxy
 from metagrad_filter.selection import keep_blocks
-from metagrad_filter.transform import score_filter
 from metagrad_filter.windows import TextWindows
 
 EVALUATE_EVERY = 12  # steps between points of the loss curve
@@ -48,26 +47,10 @@ def live_batches(
     *,
     name: str,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of the filtered stream: a real grain pipeline with the product's filter in it.
-
-    The scorer version may change at half of the stream. The pipeline reads no further ahead than
-    the block it is filtering, so the version is decided when training reaches it.
-    """
-    ds = grain.MapDataset.source(_Source(windows, classes, order)).to_iter_dataset(
-        grain.ReadOptions(num_threads=1, prefetch_buffer_size=64)
+    """Batches of the filtered stream, see `filtered_batches`."""
+    return filtered_batches(
+        _Source(windows, classes, order), TextWindows("tokens"), run_dir, config, name=name
     )
-    ds = score_filter(
-        ds,
-        run_dir,
-        keep_ratio=config.keep_ratio,
-        windows=TextWindows("tokens"),
-        block_windows=config.block_windows,
-        swap_every_blocks=config.blocks // 2,
-        seed=config.seed,
-        name=name,
-        annotate=True,
-    )
-    return iter(ds.batch(config.batch_windows))
 
 
 def kept_by(
