@@ -3,7 +3,8 @@
     slots(library, cuobjdump) -> {"adj row, d 64": {"per_element": 19.9, ...}, ...}
 
 The loop is the smallest one that holds tensor-core instructions; blocks of it that are jumped over
-where a tile needs no mask are left out. Each instruction takes one issue slot of a warp, for 32
+where a tile needs no mask are left out, and what a warpgroup does after every second tile (the
+sums of fused bwd and hess) counts half. Each instruction takes one issue slot of a warp, for 32
 threads; a thread holds 64 / 128 of the scores of a column of its tile.
 """
 
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 OPS = ("lin", "bwd", "hess", "adj")
-_SWEEP = re.compile(r"sweepILNS_2OpE(\d)ELi(\d+)ELi(\d+)ELi(\d+)ELb([01])E")
+SWEEPS = ("row", "column", "fused")
+_SWEEP = re.compile(r"sweepILNS_2OpE(\d)ELi(\d+)ELi(\d+)ELi(\d+)ELNS_5SweepE([012])E")
 _FORWARD = re.compile(r"forwardILi(\d+)ELi(\d+)ELi(\d+)E")
 _MASK = 20  # instructions of a block that is jumped over, at least
 
@@ -25,9 +27,8 @@ _MASK = 20  # instructions of a block that is jumped over, at least
 def describe(symbol: str) -> dict[str, Any]:
     """Primitive, sweep, head dimension, tile and stages of a kernel, from its mangled name."""
     if match := _SWEEP.search(symbol):
-        op, width, tile, stages, columns = map(int, match.groups())
-        sweep = "column" if columns else "row"
-        return {"op": OPS[op], "sweep": sweep, "d": width, "tile": tile, "stages": stages}
+        op, width, tile, stages, sweep = map(int, match.groups())
+        return {"op": OPS[op], "sweep": SWEEPS[sweep], "d": width, "tile": tile, "stages": stages}
     match = _FORWARD.search(symbol)
     if match is None:
         raise ValueError(f"{symbol} is no kernel of the plugin.")
@@ -53,19 +54,29 @@ def slots(library: Path, cuobjdump: str) -> dict[str, dict[str, Any]]:
     for part in text.split("Function : ")[1:]:
         symbol, _, code = part.partition("\n")
         kernel = describe(symbol)
-        body = inner_loop(code)
+        body, second = inner_loop(code, fused=kernel["sweep"] == "fused")
+        slots = len(body) - second / 2
         kinds = collections.Counter(_mnemonic(x) for x in body)
         found[title(kernel)] = {
             "instructions": len(body),
             "tensor_core": kinds["HGMMA"],
             "local_memory": kinds["LDL"] + kinds["STL"],
-            "per_element": round(len(body) / (kernel["tile"] / 2), 2),
+            "per_element": round(slots / (kernel["tile"] / 2), 2),
         }
     return found
 
 
-def inner_loop(code: str) -> list[str]:
-    """Instructions of the loop over tiles, for a tile that needs no mask."""
+def inner_loop(code: str, fused: bool = False) -> tuple[list[str], int]:
+    """Instructions of the loop over tiles, for a tile that needs no mask.
+
+    Args:
+      code: of one kernel, as the disassembler prints it.
+      fused: whether it has blocks that multiply, or write floats to shared memory, and that are
+        jumped over for every second tile.
+
+    Returns:
+      The instructions, and how many of them are in such blocks.
+    """
     lines = re.findall(r"^\s+/\*([0-9a-f]+)\*/\s+(.+?)\s*;", code, re.MULTILINE)
     addresses = {int(address, 16): i for i, (address, _) in enumerate(lines)}
     instructions = [x for _, x in lines]
@@ -79,13 +90,18 @@ def inner_loop(code: str) -> list[str]:
 
     loops = [(to, i) for i, to in jumps.items() if to <= i and multiplies(to, i)]
     first, last = min(loops, key=lambda loop: loop[1] - loop[0])
-    kept, i = [], first
+    kept, second, i, until = [], 0, first, first
     while i <= last:
         kept.append(instructions[i])
+        second += i < until
         to = jumps.get(i, i)
-        jumped = i + _MASK < to <= last and not multiplies(i + 1, to)
+        block = instructions[i + 1 : to] if i + _MASK < to <= last else []
+        sums = fused and any("HGMMA" in x or "STS.64" in x for x in block)
+        if sums:
+            until = max(until, to)
+        jumped = bool(block) and not sums and not multiplies(i + 1, to)
         i = to if jumped else i + 1
-    return kept
+    return kept, second
 
 
 def _mnemonic(instruction: str) -> str:

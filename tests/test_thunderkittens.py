@@ -67,6 +67,8 @@ def emulated():
     # Its calls have the names of the real ones, on another platform.
     binding.register(binding.load(library), "cpu")
     IMPLEMENTATIONS.setdefault("emulated", Implementation(binding.run, binding.run))
+    fused = functools.partial(binding.run, fused=True)
+    IMPLEMENTATIONS.setdefault("emulated_fused", Implementation(fused, fused))
 
 
 def operands(name, shape, keys, key_heads, pattern, ids, seed=0):
@@ -104,11 +106,11 @@ def errors(found, expected):
     return out
 
 
-def compared(name, shape, *, keys=None, key_heads=None, pattern=None, ids=(), seed=0):
+def compared(name, shape, *, keys=None, key_heads=None, pattern=None, ids=(), seed=0, fused=False):
     pattern = pattern or Pattern(shape[-1] ** -0.5, None, 0)
     keys, key_heads = keys or shape[1], key_heads or shape[2]
     made = operands(name, shape, keys, key_heads, pattern, ids, seed)
-    found = jax.jit(functools.partial(binding.run, name, pattern))(*made, *ids)
+    found = jax.jit(functools.partial(binding.run, name, pattern, fused=fused))(*made, *ids)
     return errors(found, whole(name, pattern, made, ids))
 
 
@@ -139,6 +141,25 @@ def test_every_call_is_the_whole_softmax_up_to_bfloat16(emulated, name, features
     assert max(compared(name, **FEATURES[features])) <= 5e-3
 
 
+@pytest.mark.parametrize("features", sorted(FEATURES))
+@pytest.mark.parametrize("name", binding.FUSED)
+def test_fused_calls_are_the_same_in_memory_that_they_clear_first(emulated, name, features):
+    assert max(compared(name, **FEATURES[features], fused=True)) <= 5e-3
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", binding.FUSED)
+def test_keys_beyond_the_end_weigh_nothing_where_all_scores_are_low(emulated, name, fused):
+    # exp(0 - L) overflows: times the zeros that are read beyond the end it would be NaN.
+    pattern = Pattern(0.125, None, None)
+    made = operands(name, (1, 65, 1, 64), 40, 1, pattern, ())
+    made[0], made[1] = abs(made[0]) + 4, -abs(made[1]) - 4
+    made[3] = whole("fwd", pattern, made[:3], ())[1]
+    assert float(made[3].max()) < -100
+    found = jax.jit(functools.partial(binding.run, name, pattern, fused=fused))(*made)
+    assert max(errors(found, whole(name, pattern, made, ()))) <= 2e-2
+
+
 @pytest.mark.parametrize("name", binding.CALLS)
 def test_wide_heads_too(emulated, name):
     ids = (documents(1, 70, seed=1),)
@@ -155,9 +176,11 @@ def test_wide_heads_too(emulated, name):
     packed=st.booleans(),
     width=st.sampled_from([32, 64, 128]),
     seed=st.integers(0, 99),
+    fused=st.booleans(),
 )
-@example(name="hess", sizes=(1, 1, 1, 1, 1), sides=(0, 0), packed=True, width=64, seed=0)
-def test_any_shape_and_band(emulated, name, sizes, sides, packed, width, seed):
+@example("hess", (1, 1, 1, 1, 1), (0, 0), True, 64, 0, False)
+@example("hess", (1, 1, 1, 1, 1), (0, 0), True, 64, 0, True)
+def test_any_shape_and_band(emulated, name, sizes, sides, packed, width, seed, fused):
     batch, length, key_heads, keys, groups = sizes
     ids = (documents(batch, length, seed),) if packed else ()
     found = compared(
@@ -168,11 +191,13 @@ def test_any_shape_and_band(emulated, name, sizes, sides, packed, width, seed):
         pattern=Pattern(width**-0.5, *sides),
         ids=ids,
         seed=seed,
+        fused=fused and width <= 64,
     )
     assert max(found) <= 2e-2  # of few entries, which may cancel
 
 
-def test_a_second_derivative_through_the_calls(emulated):
+@pytest.mark.parametrize("implementation", ["emulated", "emulated_fused"])
+def test_a_second_derivative_through_the_calls(emulated, implementation):
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(1, 70, n, 64)), jnp.bfloat16) for n in (2, 1, 1))
 
@@ -188,7 +213,7 @@ def test_a_second_derivative_through_the_calls(emulated):
 
         return jax.jit(jax.grad(slope, (0, 1, 2)))
 
-    found = product(functools.partial(attention, implementation="emulated"))(q, k, v)
+    found = product(functools.partial(attention, implementation=implementation))(q, k, v)
     expected = product(naive)(*(x.astype(jnp.float32) for x in (q, k, v)))
     assert max(errors(found, expected)) <= 2e-2
 
@@ -219,8 +244,8 @@ def lowered(monkeypatch, program, *shapes, platform="cuda"):
     return jax.jit(program).trace(*like).lower(lowering_platforms=(platform,)).as_text()
 
 
-def programs():
-    attend = functools.partial(attention, implementation="thunderkittens")
+def programs(implementation="thunderkittens"):
+    attend = functools.partial(attention, implementation=implementation)
 
     def total(*x):
         return jnp.sum(jnp.sin(attend(*x).astype(jnp.float32)))
@@ -247,6 +272,33 @@ def test_programs_for_a_gpu_hold_the_custom_calls(monkeypatch, name):
     assert "exponential" not in text
 
 
+def test_a_fused_program_holds_the_fused_custom_calls(monkeypatch):
+    program, _ = programs("thunderkittens_fused")["reverse over reverse"]
+    text = lowered(monkeypatch, program, (2, 33, 4, 64), (2, 33, 2, 64), (2, 33, 2, 64))
+    expected = {"fwd", "bwd_fused", "adj_fused"}
+    assert set(re.findall(r"custom_call @attention_hopper_(\w+)\(", text)) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "refused"),
+    [
+        ("--xla_gpu_deterministic_ops=true", True),
+        ("--xla_dump_to=x --xla_gpu_exclude_nondeterministic_ops", True),
+        ("--xla_gpu_deterministic_ops=true --xla_gpu_deterministic_ops=false", False),
+        ("", False),
+    ],
+)
+def test_fused_sums_are_refused_where_xla_is_told_to_be_deterministic(monkeypatch, flags, refused):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setenv(binding.SWITCH, "elsewhere")
+    assert choose("thunderkittens") == "thunderkittens"
+    if refused:
+        with pytest.raises(ConfigError, match=r"XLA_FLAGS holds --xla_gpu_\w+, .* take the flag"):
+            choose("thunderkittens_fused")
+    else:
+        assert choose("thunderkittens_fused") == "thunderkittens_fused"
+
+
 def test_a_program_for_the_cpu_says_that_it_has_none(monkeypatch):
     with pytest.raises(ConfigError, match="computation is for a CPU, and this needs a Hopper GPU"):
         lowered(monkeypatch, programs()["value"][0], *[(1, 8, 2, 64)] * 3, platform="cpu")
@@ -260,6 +312,12 @@ def test_operands_that_do_not_fit_are_refused(dtype, width, message):
     x = jnp.zeros((1, 4, 1, width), dtype)
     with pytest.raises(ConfigError, match=message):
         binding.run("fwd", Pattern(1.0), x, x, x)
+
+
+def test_fused_calls_refuse_wider_heads():
+    x = jnp.zeros((1, 4, 1, 128), jnp.bfloat16)
+    with pytest.raises(ConfigError, match=r"'thunderkittens_fused' .* is 128, .* at most 64"):
+        binding.run("fwd", Pattern(1.0), x, x, x, fused=True)
 
 
 def test_without_a_hopper_gpu_its_name_is_refused_and_nothing_else_picks_it(monkeypatch):
@@ -333,7 +391,7 @@ def test_the_plugin_builds_under_the_gate_loads_and_has_its_symbols():
     library = building.build(tools, building.cache_folder())
     assert building.build(tools, building.cache_folder()) == library
     log = building.report(library).read_text()
-    assert len(building.gate(log)) == 16
+    assert len(building.gate(log)) == 19
     loaded = binding.load(library)
-    for name in binding.CALLS:
-        assert getattr(loaded, binding.target(name))
+    for name in binding.targets():
+        assert getattr(loaded, name)

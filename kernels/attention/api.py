@@ -51,8 +51,9 @@ def attention(
       segment_ids: `(B, S)` integers; a position sees those with its own id only. Needs S = S_k.
       scale: factor of `q k^T`, `d ** -0.5` by default.
       implementation: "chunked" (linear memory, any device), "reference" (O(S S_k) memory, the
-        specification), "pallas" (GPUs that Triton compiles for), "thunderkittens" (Hopper), or None
-        for the best that is known to run here: "chunked", as no GPU has run the other two yet.
+        specification), "pallas" (GPUs that Triton compiles for), "thunderkittens" (Hopper),
+        "thunderkittens_fused" (Hopper, d up to 64; fewer products, added up in no fixed order), or
+        None for the best that is known to run here: "chunked", as no GPU has run the last three.
 
     Returns:
       `(B, S, H, d)` in the dtype of the operands.

@@ -87,6 +87,11 @@ IMPLEMENTATIONS = {
         thunderkittens.run,
         refuses=thunderkittens.reason,
     ),
+    "thunderkittens_fused": Implementation(
+        _not_on_cpu("thunderkittens_fused", "a Hopper GPU"),
+        functools.partial(thunderkittens.run, fused=True),
+        refuses=thunderkittens.reason_fused,
+    ),
 }
 # What None means on every device: the GPU kernels have been interpreted and compiled, not timed.
 BEST = "chunked"

@@ -4,7 +4,8 @@ A call gets q, k, v and what is like them as they are, `(B, S, H, d)` bfloat16, 
 up to 64 or 128; statistics of queries padded to whole blocks, the logsumexp in units of log 2 and
 +inf in the padding; and, for packed documents, which tiles hold which segment ids.
 
-Cost beyond the kernels: a copy of the statistics, and of the operands where d is not 64 or 128.
+Cost beyond the kernels: a copy of the statistics, and of the operands where d is not 64 or 128; of
+fused calls also outputs of queries in float32, which they set to zero, and the cast of these.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import ctypes
 import functools
 import math
 import os
+import re
 from typing import Any
 
 import jax
@@ -29,14 +31,20 @@ from metagrad_filter.kernels.attention.thunderkittens import building  # pyright
 # `elsewhere`: programs are lowered for a machine other than this one, which is not examined.
 SWITCH = "METAGRAD_FILTER_THUNDERKITTENS"
 CALLS = ("fwd", "lin", "bwd", "hess", "adj")
+FUSED = ("bwd", "hess", "adj")  # of these there is a second custom call, in one sweep
 BLOCK = 128  # positions that a thread block of a kernel holds
 FORWARD_TILE = 128
 _NORM = 3  # the position of the logsumexp among the operands
 
 
-def target(name: str) -> str:
+def target(name: str, fused: bool = False) -> str:
     """The custom call of a primitive."""
-    return f"attention_hopper_{name}"
+    return f"attention_hopper_{name}" + ("_fused" if fused and name in FUSED else "")
+
+
+def targets() -> list[str]:
+    """Every custom call of the plugin."""
+    return [target(name) for name in CALLS] + [target(name, fused=True) for name in FUSED]
 
 
 def tile(name: str, width: int) -> int:
@@ -44,13 +52,24 @@ def tile(name: str, width: int) -> int:
     return FORWARD_TILE if name == "fwd" else 64 if width == 64 else 32
 
 
-def misfit(q: Any) -> str | None:
-    """Why operands of this dtype and head dimension cannot be computed here, or None."""
+def misfit(q: Any, fused: bool = False) -> str | None:
+    """Why operands of this dtype and head dimension cannot be computed here, or None.
+
+    Args:
+      q: the queries.
+      fused: as of `run`.
+    """
+    most = widest(fused)
     if q.dtype != jnp.bfloat16:
         return f"the operands are {q.dtype}, and this computes bfloat16"
-    if q.shape[-1] > 128:
-        return f"the head dimension is {q.shape[-1]}, and this computes up to 128"
+    if q.shape[-1] > most:
+        return f"the head dimension is {q.shape[-1]}, and this computes up to {most}"
     return None
+
+
+def widest(fused: bool) -> int:
+    """The largest head dimension; registers do not hold a fused sweep's sums beyond 64."""
+    return 64 if fused else 128
 
 
 def chosen_by_default() -> bool:
@@ -72,6 +91,18 @@ def reason() -> str | None:
             f"compute capability 9.0, or {SWITCH}=elsewhere to lower programs for one"
         )
     return _loaded()
+
+
+def reason_fused() -> str | None:
+    """As `reason`, for the fused sweeps, which XLA must not have been told to do without."""
+    for flag in ("xla_gpu_deterministic_ops", "xla_gpu_exclude_nondeterministic_ops"):
+        found = re.findall(rf"--{flag}(?:=(\S*))?(?:\s|$)", os.environ.get("XLA_FLAGS", ""))
+        if found and found[-1].lower() in ("", "true", "1"):
+            return (
+                f"XLA_FLAGS holds --{flag}, and the sums of its kernels come in a different order "
+                "each time; name 'thunderkittens', which is deterministic, or take the flag out"
+            )
+    return reason()
 
 
 def _kind(device: Any) -> str:
@@ -97,27 +128,30 @@ def load(path: Any) -> ctypes.CDLL:
 
 def register(library: ctypes.CDLL, platform: str) -> None:
     """Tells jax about the custom calls of a library."""
-    for name in CALLS:
-        handler = jax.ffi.pycapsule(getattr(library, target(name)))
-        jax.ffi.register_ffi_target(target(name), handler, platform=platform)
+    for name in targets():
+        handler = jax.ffi.pycapsule(getattr(library, name))
+        jax.ffi.register_ffi_target(name, handler, platform=platform)
 
 
-def run(name: str, pattern: Pattern, *operands: jax.Array) -> list[jax.Array]:
+def run(name: str, pattern: Pattern, *operands: jax.Array, fused: bool = False) -> list[jax.Array]:
     """Computes primitive `name` in bfloat16 with float32 sums.
 
     Args:
       name: of `formulas.OPERANDS`; lin2, which forward over forward needs, is left to `chunked`.
       pattern: which scores there are.
       *operands: all of the primitive's, and segment ids where there are any.
+      fused: whether bwd, hess and adj are one sweep, which computes scores once and adds up what
+        is per query in no fixed order; where not, two sweeps, each deterministic.
 
     Raises:
-      ConfigError: the operands are not bfloat16, or their head dimension is beyond 128.
+      ConfigError: the operands are not bfloat16, or their head dimension is beyond 128 (fused: 64).
     """
-    problem = misfit(operands[0])
+    problem = misfit(operands[0], fused)
     if problem is not None:
         raise ConfigError(
-            f"implementation='thunderkittens' cannot run: {problem}; expected bfloat16 and a head "
-            "dimension of at most 128: cast the operands, or name another implementation."
+            f"implementation={'thunderkittens_fused' if fused else 'thunderkittens'!r} cannot run: "
+            f"{problem}; expected bfloat16 and a head dimension of at most {widest(fused)}: cast "
+            "the operands, or name another implementation."
         )
     if name not in CALLS:
         return chunked.run(name, pattern, *operands, tiling=chunked.DEVICE)
@@ -137,7 +171,10 @@ def run(name: str, pattern: Pattern, *operands: jax.Array) -> list[jax.Array]:
         "k": jax.ShapeDtypeStruct((*k.shape[:3], wide), q.dtype),
         "r": jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
     }
-    call = jax.ffi.ffi_call(target(name), tuple(shapes[kind] for kind in outputs))
+    adds = fused and name in FUSED
+    if adds:
+        shapes["q"] = jax.ShapeDtypeStruct(shapes["q"].shape, jnp.float32)
+    call = jax.ffi.ffi_call(target(name, fused), tuple(shapes[kind] for kind in outputs))
     found = call(
         *_jax.align([*laid, *tables]),
         scale=np.float32(pattern.scale),
@@ -145,6 +182,9 @@ def run(name: str, pattern: Pattern, *operands: jax.Array) -> list[jax.Array]:
         right=_side(pattern.right),
         segmented=np.int64(bool(segments)),
     )
+    if adds:  # the first is the one of q, to which the scale of scores is still missing
+        found = [x * pattern.scale if n == 0 else x for n, x in enumerate(found)]
+        found = [x if kind == "r" else x.astype(q.dtype) for kind, x in zip(outputs, found)]
     return [x if kind == "r" else x[..., :width] for kind, x in zip(outputs, found)]
 
 

@@ -31,7 +31,7 @@ from metagrad_filter.errors import ConfigError
 
 FOLDER = Path(__file__).parent
 PIN = FOLDER.parents[1] / "thunderkittens.pin"
-SOURCES = ("plugin.cu", "sweep.cuh", "forward.cuh", "pieces.cuh", "tiles.cuh")
+SOURCES = ("plugin.cu", "sweep.cuh", "exchange.cuh", "forward.cuh", "pieces.cuh", "tiles.cuh")
 ROOT = "THUNDERKITTENS_ROOT"
 FLAGS = (
     *("-std=c++20", "-O3", "--use_fast_math", "--expt-relaxed-constexpr"),

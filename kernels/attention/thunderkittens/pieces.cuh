@@ -34,9 +34,25 @@ __device__ inline void outer(T &x, const A &a, const B &b) {  // x (+)= a b^T
     warpgroup::mma_ABt<T, A, B, 0, ACCUMULATE>(x, a, b);
 }
 
+template <int ACCUMULATE, class T, class A, class B>
+__device__ inline void inner(T &x, const A &a, const B &b) {  // x (+)= a^T b
+    warpgroup::mma_AtB<T, A, B, 0, ACCUMULATE>(x, a, b);
+}
+
 template <class T, class A, class B>
 __device__ inline void add(T &x, const A &a, const B &b) {  // x += a b, a in registers
     warpgroup::mma_AB<T, A, B, 1, 1>(x, a, b);
+}
+
+// Writes to shared memory, which the compiler does not know `at` to point to.
+__device__ inline void write(void *at, float2 x) {
+#ifdef __CUDA_ARCH__
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(uint32_t(__cvta_generic_to_shared(at))),
+                 "f"(x.x), "f"(x.y)
+                 : "memory");
+#else
+    *static_cast<float2 *>(at) = x;
+#endif
 }
 
 // Makes ordinary writes to shared memory visible to TMA.
@@ -45,6 +61,9 @@ __device__ inline void publish() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
+
+// Waits for the other consumers; warpgroups have barriers 1 and 2 to themselves.
+__device__ inline void both_consumers() { group<CONSUMERS * 4>::sync(CONSUMERS + 1); }
 
 // The sum over the four lanes that hold a row.
 __device__ inline float quad_sum(float x) {
@@ -68,16 +87,16 @@ template <int WIDTH, class F> __device__ inline void each(F f) {
     }
 }
 
-// Replaces scores outside of the band (and, in a row sweep, of keys beyond the end). `held` is the
-// thread's first resident position, `other` the first streamed one of the tile.
+// Replaces scores outside of the band and of keys beyond the end. `held` is the thread's first
+// resident position, `other` the first streamed one of the tile.
 template <bool COLUMNS, class T>
 __device__ inline void hide_band(T &scores, float value, Band band, int held, int other, int keys) {
     each<T::cols>([&](int j, int k, int at) {
         float2 &x = scores.tiles[0][j].data[k];
         const int mine = held + (k & 1) * 8, theirs = other + at;
-        const bool a = COLUMNS ? sees(band, theirs, mine)
+        const bool a = COLUMNS ? sees(band, theirs, mine) && mine < keys
                                : sees(band, mine, theirs) && theirs < keys;
-        const bool b = COLUMNS ? sees(band, theirs + 1, mine)
+        const bool b = COLUMNS ? sees(band, theirs + 1, mine) && mine < keys
                                : sees(band, mine, theirs + 1) && theirs + 1 < keys;
         x = {a ? x.x : value, b ? x.y : value};
     });

@@ -1,6 +1,8 @@
 // The XLA custom calls of attention on Hopper: one for each primitive. Each checks what it was
 // given, builds the tensor maps and starts one kernel (fwd, lin) or two (bwd, hess, adj: queries'
 // outputs, then keys') on XLA's stream. Nothing is allocated, so a call can join a command buffer.
+// bwd_fused, hess_fused and adj_fused start one kernel, for d 64 only: it adds to outputs of queries
+// that are set to zero before, in float32, dq without the factor `scale`.
 //
 // Operands and outputs are those of the primitive, in bfloat16 and (B, S, H, d) with d 64 or 128;
 // statistics of queries are float32, (B, H, P) with S padded to a multiple P of 128: L in units of
@@ -26,11 +28,15 @@ using Tensor = ffi::Buffer<ffi::BF16, 4>;
 using Statistic = ffi::Buffer<ffi::F32, 3>;
 using Ids = ffi::Buffer<ffi::S32, 2>;
 using Pairs = ffi::Buffer<ffi::S32, 3>;
+using Sums = ffi::Buffer<ffi::F32, 4>;
 template <class T> using Out = ffi::Result<T>;
 
 // Positions of a streamed tile, and how many tiles are under way, by head dimension.
 template <int D> constexpr int TILE = D == 64 ? 64 : 32;
-template <Op OP, int D> constexpr int STAGES = D == 64 ? 4 : OP == Op::hess ? 2 : 3;
+template <Op OP, int D, Sweep SWEEP = Sweep::rows>
+constexpr int STAGES = D == 64 && (SWEEP != Sweep::fused || OP == Op::bwd) ? 4
+                       : OP == Op::hess                                    ? 2
+                                                                           : 3;
 constexpr int FORWARD_TILE = 128;
 
 // What is the same for the calls of one primitive.
@@ -74,7 +80,7 @@ ffi::Error check(Problem &p, cudaStream_t stream, float scale, int64_t left, int
     return ffi::Error::Success();
 }
 
-bool like_queries(const Problem &p, const Tensor &x) {
+template <class X> bool like_queries(const Problem &p, const X &x) {
     const auto d = x.dimensions();
     return d[0] == p.batch && d[1] == p.queries && d[2] == p.heads && d[3] == p.width;
 }
@@ -116,10 +122,13 @@ template <Op OP> struct Operands {
     std::array<float *, 2> sums;
 };
 
-template <Op OP, int D, bool COLUMNS, size_t OUTPUTS>
-ffi::Error run_sweep(const Problem &p, const Operands<OP> &x, std::array<bf16 *, OUTPUTS> outputs) {
-    using G = Parameters<OP, D, TILE<D>, COLUMNS>;
-    constexpr int bytes = sweep_bytes<OP, D, TILE<D>, STAGES<OP, D>, COLUMNS>;
+template <Op OP, int D, Sweep SWEEP, size_t OUTPUTS>
+ffi::Error run_sweep(const Problem &p, const Operands<OP> &x, std::array<bf16 *, OUTPUTS> outputs,
+                     std::array<float *, 2> added = {}) {
+    using G = Parameters<OP, D, TILE<D>, SWEEP>;
+    constexpr bool COLUMNS = G::COLUMNS;
+    constexpr int stages = STAGES<OP, D, SWEEP>;
+    constexpr int bytes = sweep_bytes<OP, D, TILE<D>, stages, SWEEP>;
     static_assert(bytes + 5120 <= MAX_SHARED_MEMORY);  // and the static part
     const auto &held = [&]() -> auto & {
         if constexpr (COLUMNS) return x.keys;
@@ -142,10 +151,17 @@ ffi::Error run_sweep(const Problem &p, const Operands<OP> &x, std::array<bf16 *,
     auto statistic = [&](float *at) {
         return typename G::Statistic(at, p.batch, p.heads, 1, p.padded);
     };
+    auto base = [&]<size_t... N>(std::index_sequence<N...>) {
+        using Base = Added<OP, D, TILE<D>, SWEEP == Sweep::fused>;
+        if constexpr (SWEEP == Sweep::fused)
+            return Base{{typename Base::Sum(added[N], p.batch, p.queries, p.heads, D)...}};
+        else return Base{};
+    };
     auto build = [&]<size_t... R, size_t... O, size_t... S, size_t... V>(
                      std::index_sequence<R...>, std::index_sequence<O...>,
                      std::index_sequence<S...>, std::index_sequence<V...>) {
-        return G{{resident(held[R])...}, {resident(outputs[O])...}, {stream(streamed[S])...},
+        return G{base(std::make_index_sequence<OP == Op::adj ? 2 : 1>()),
+                 {resident(held[R])...}, {resident(outputs[O])...}, {stream(streamed[S])...},
                  {statistic(x.statistics[V])...}, {x.sums[0], x.sums[1]}, p.ids, p.spans,
                  p.reach, p.queries, p.keys, p.padded,
                  p.heads / p.key_heads, p.band, p.scale, p.scale * 1.44269504089f};
@@ -155,7 +171,7 @@ ffi::Error run_sweep(const Problem &p, const Operands<OP> &x, std::array<bf16 *,
                                std::make_index_sequence<G::streamed>(),
                                std::make_index_sequence<G::P::statistics>());
     static std::atomic<uint64_t> allowed{0};
-    return start(sweep<OP, D, TILE<D>, STAGES<OP, D>, COLUMNS>, parameters, bytes,
+    return start(sweep<OP, D, TILE<D>, stages, SWEEP>, parameters, bytes,
                  dim3((held_length + BLOCK - 1) / BLOCK, held_heads, p.batch), p.stream, allowed);
 }
 
@@ -164,15 +180,37 @@ template <Op OP, size_t ROWS, size_t COLUMNS>
 ffi::Error run_sweeps(const Problem &p, const Operands<OP> &x, std::array<bf16 *, ROWS> rows,
                       std::array<bf16 *, COLUMNS> columns) {
     try {
-        ffi::Error error = p.width == 64 ? run_sweep<OP, 64, false>(p, x, rows)
-                                         : run_sweep<OP, 128, false>(p, x, rows);
+        ffi::Error error = p.width == 64 ? run_sweep<OP, 64, Sweep::rows>(p, x, rows)
+                                         : run_sweep<OP, 128, Sweep::rows>(p, x, rows);
         if constexpr (COLUMNS > 0) {
             if (error.success()) {
-                error = p.width == 64 ? run_sweep<OP, 64, true>(p, x, columns)
-                                      : run_sweep<OP, 128, true>(p, x, columns);
+                error = p.width == 64 ? run_sweep<OP, 64, Sweep::columns>(p, x, columns)
+                                      : run_sweep<OP, 128, Sweep::columns>(p, x, columns);
             }
         }
         return error;
+    } catch (const std::exception &failure) {  // of a tensor map
+        return ffi::Error(ffi::ErrorCode::kInternal, failure.what());
+    }
+}
+
+// One sweep that adds to outputs of queries.
+template <Op OP>
+ffi::Error run_fused(const Problem &p, const Operands<OP> &x, std::array<float *, 2> added,
+                     std::array<bf16 *, 2> columns) {
+    if (p.width != 64) return refused("a fused call takes d 64 only.");
+    const size_t rows = size_t(p.batch) * p.queries * p.heads * sizeof(float);
+    auto clear = [&](float *at, size_t bytes) {
+        return at == nullptr || bytes == 0 ||
+               cudaMemsetAsync(at, 0, bytes, p.stream) == cudaSuccess;
+    };
+    for (int n = 0; n < 2; n++) {
+        if (!clear(added[n], rows * p.width) || !clear(x.sums[n], rows))
+            return ffi::Error(ffi::ErrorCode::kInternal,
+                              "attention on Hopper: outputs could not be set to zero");
+    }
+    try {
+        return run_sweep<OP, 64, Sweep::fused>(p, x, columns, added);
     } catch (const std::exception &failure) {  // of a tensor map
         return ffi::Error(ffi::ErrorCode::kInternal, failure.what());
     }
@@ -227,19 +265,26 @@ ffi::Error lin(PROBLEM, Tensor q, Tensor k, Tensor v, Statistic norm, Tensor a, 
     return run_sweeps(p, x, std::array{data(*u)}, std::array<bf16 *, 0>{});
 }
 
+// The type of an output of queries says which variant is meant: fused ones add, in float32.
+template <class Q> constexpr bool FUSED = std::is_same_v<Q, Sums>;
+
+template <class Q>
 ffi::Error bwd(PROBLEM, Tensor q, Tensor k, Tensor v, Statistic norm, Tensor go, Statistic d,
-               TABLES, Out<Tensor> dq, Out<Tensor> dk, Out<Tensor> dv) {
+               TABLES, Out<Q> dq, Out<Tensor> dk, Out<Tensor> dv) {
     CHECK(SWEEP_TILE, like_keys(p, v) && like_statistic(p, norm, p.padded) && like_queries(p, go) &&
                           like_statistic(p, d, p.padded) && like_queries(p, *dq) &&
                           like_keys(p, *dk) && like_keys(p, *dv))
     const Operands<Op::bwd> x{{data(q), data(go)}, {data(k), data(v)},
                               {norm.typed_data(), d.typed_data()}, {nullptr, nullptr}};
-    return run_sweeps(p, x, std::array{data(*dq)}, std::array{data(*dk), data(*dv)});
+    const std::array columns{data(*dk), data(*dv)};
+    if constexpr (FUSED<Q>) return run_fused(p, x, {dq->typed_data(), nullptr}, columns);
+    else return run_sweeps(p, x, std::array{data(*dq)}, columns);
 }
 
+template <class Q>
 ffi::Error hess(PROBLEM, Tensor q, Tensor k, Tensor v, Statistic norm, Tensor go, Statistic d,
                 Tensor tq, Tensor tk, Tensor tv, Statistic tnorm, Tensor tgo, Statistic td, TABLES,
-                Out<Tensor> dq, Out<Tensor> dk, Out<Tensor> dv) {
+                Out<Q> dq, Out<Tensor> dk, Out<Tensor> dv) {
     CHECK(SWEEP_TILE, like_keys(p, v) && like_statistic(p, norm, p.padded) && like_queries(p, go) &&
                           like_statistic(p, d, p.padded) && like_queries(p, tq) &&
                           like_keys(p, tk) && like_keys(p, tv) &&
@@ -250,12 +295,15 @@ ffi::Error hess(PROBLEM, Tensor q, Tensor k, Tensor v, Statistic norm, Tensor go
         {data(q), data(go), data(tq), data(tgo)}, {data(k), data(v), data(tk), data(tv)},
         {norm.typed_data(), d.typed_data(), tnorm.typed_data(), td.typed_data()},
         {nullptr, nullptr}};
-    return run_sweeps(p, x, std::array{data(*dq)}, std::array{data(*dk), data(*dv)});
+    const std::array columns{data(*dk), data(*dv)};
+    if constexpr (FUSED<Q>) return run_fused(p, x, {dq->typed_data(), nullptr}, columns);
+    else return run_sweeps(p, x, std::array{data(*dq)}, columns);
 }
 
+template <class Q>
 ffi::Error adj(PROBLEM, Tensor q, Tensor k, Tensor v, Statistic norm, Tensor go, Statistic d,
-               Tensor a, Tensor b, Tensor c, TABLES, Out<Tensor> cq, Out<Tensor> ck, Out<Tensor> cv,
-               Out<Statistic> cnorm, Out<Tensor> cgo, Out<Statistic> cd) {
+               Tensor a, Tensor b, Tensor c, TABLES, Out<Q> cq, Out<Tensor> ck, Out<Tensor> cv,
+               Out<Statistic> cnorm, Out<Q> cgo, Out<Statistic> cd) {
     CHECK(SWEEP_TILE, like_keys(p, v) && like_statistic(p, norm, p.padded) && like_queries(p, go) &&
                           like_statistic(p, d, p.padded) && like_queries(p, a) &&
                           like_keys(p, b) && like_keys(p, c) && like_queries(p, *cq) &&
@@ -265,7 +313,9 @@ ffi::Error adj(PROBLEM, Tensor q, Tensor k, Tensor v, Statistic norm, Tensor go,
     const Operands<Op::adj> x{{data(q), data(go), data(a)}, {data(k), data(v), data(b), data(c)},
                               {norm.typed_data(), d.typed_data()},
                               {cnorm->typed_data(), cd->typed_data()}};
-    return run_sweeps(p, x, std::array{data(*cq), data(*cgo)}, std::array{data(*ck), data(*cv)});
+    const std::array columns{data(*ck), data(*cv)};
+    if constexpr (FUSED<Q>) return run_fused(p, x, {cq->typed_data(), cgo->typed_data()}, columns);
+    else return run_sweeps(p, x, std::array{data(*cq), data(*cgo)}, columns);
 }
 
 auto begin() {
@@ -288,13 +338,17 @@ auto begin() {
 #define S .Arg<attention::Statistic>()
 #define TO .Ret<attention::Tensor>()
 #define SO .Ret<attention::Statistic>()
-#define CALL(NAME, BINDING)                                                              \
-    XLA_FFI_DEFINE_HANDLER_SYMBOL(attention_hopper_##NAME, attention::NAME,              \
+#define QO .Ret<attention::Sums>()
+#define CALL(NAME, FUNCTION, BINDING)                                                    \
+    XLA_FFI_DEFINE_HANDLER_SYMBOL(attention_hopper_##NAME, attention::FUNCTION,          \
                                   (attention::begin() BINDING),                          \
                                   {xla::ffi::Traits::kCmdBufferCompatible})
 
-CALL(fwd, END TO SO);
-CALL(lin, S T T T END TO SO);
-CALL(bwd, S T S END TO TO TO);
-CALL(hess, S T S T T T S T S END TO TO TO);
-CALL(adj, S T S T T T END TO TO TO SO TO SO);
+CALL(fwd, fwd, END TO SO);
+CALL(lin, lin, S T T T END TO SO);
+CALL(bwd, bwd<attention::Tensor>, S T S END TO TO TO);
+CALL(bwd_fused, bwd<attention::Sums>, S T S END QO TO TO);
+CALL(hess, hess<attention::Tensor>, S T S T T T S T S END TO TO TO);
+CALL(hess_fused, hess<attention::Sums>, S T S T T T S T S END QO TO TO);
+CALL(adj, adj<attention::Tensor>, S T S T T T END TO TO TO SO TO SO);
+CALL(adj_fused, adj<attention::Sums>, S T S T T T END QO TO TO SO QO SO);

@@ -6,35 +6,36 @@
 // queries and streams keys, and writes what is per query (dq, U, row sums). A column sweep keeps
 // keys and streams the queries of every head that the key head serves, and writes what is per key.
 // Each recomputes its scores, so no output is summed by two blocks: results are deterministic.
+// A fused sweep is a column sweep that adds to what is per query as it goes (exchange.cuh): scores
+// are computed once, and the order of sums differs from run to run.
 //
 // A consumer computes S, X, W and G (wgmma, both operands in shared memory), turns them one by one
 // into P, dS, Z and Y in registers, and multiplies each of these, as bf16, from registers as soon
 // as it is there. In the column sweep these tiles are transposed: rows are keys.
 //
 // Rows of the padding have L = +inf, hence weigh nothing; TMA reads zeros beyond the end of a
-// sequence and writes nothing there. Keys beyond the end are masked in the row sweep, where a large
-// weight times zero would be NaN.
+// sequence and writes nothing there. Keys beyond the end are masked where sums run over keys: a
+// large weight times zero would be NaN.
 #pragma once
 
+#include "exchange.cuh"
 #include "pieces.cuh"
 
 namespace attention {
 
-enum class Op { lin, bwd, hess, adj };
+enum class Sweep { rows, columns, fused };
 
-// What a primitive reads and computes. Tensors of queries: q, then do, a, tdo where it has them; of
-// keys: k, v, then b, c. Statistics of queries: L, then D, then tL and tD.
-template <Op OP> struct Parts {
-    static constexpr bool X = OP != Op::lin;        // do v^T - D, and dS
-    static constexpr bool W = OP != Op::bwd;        // a k^T + q b^T, and G (not of lin)
-    static constexpr bool G = W && X;               // do c^T (+ tdo v^T)
-    static constexpr bool tangent = OP == Op::hess;
-    static constexpr int queries = 1 + X + W + tangent, keys = W ? 4 : 2;
-    static constexpr int statistics = tangent ? 4 : X ? 2 : 1;
-    static constexpr int DO = 1, A = X ? 2 : 1, TDO = 3, K = 0, V = 1, B = 2, C = 3;
+// Where a fused sweep adds: (B, S, H, d) of zeros.
+template <Op OP, int D, int TILE, bool FUSED> struct Added {};
+template <Op OP, int D, int TILE> struct Added<OP, D, TILE, true> {
+    using Sums = Exchange<OP, D, TILE>;
+    using Sum = gl<float, -1, -1, -1, -1, tma::descriptor<typename Sums::Sum, dim::DEPTH>>;
+    Sum added[Sums::outputs];
 };
 
-template <Op OP, int D, int TILE, bool COLUMNS> struct Parameters {
+template <Op OP, int D, int TILE, Sweep SWEEP>
+struct Parameters : Added<OP, D, TILE, SWEEP == Sweep::fused> {
+    static constexpr bool COLUMNS = SWEEP != Sweep::rows;
     using P = Parts<OP>;
     static constexpr int held = COLUMNS ? P::keys : P::queries;
     static constexpr int streamed = COLUMNS ? P::queries : P::keys;
@@ -50,7 +51,7 @@ template <Op OP, int D, int TILE, bool COLUMNS> struct Parameters {
     HeldArray r[held], o[outputs];
     Array s[streamed];
     Statistic v[P::statistics];  // (B, H, padded): L in units of log 2, D, tL, tD
-    float *sums[2];              // (B, H, S): lin R; adj -rowsum Y, -rowsum Z
+    float *sums[2];              // (B, H, S): lin R; adj -rowsum Y, -rowsum Z (fused: adds to 0)
     const int *ids;              // (B, padded) segment ids, or null
     const int2 *spans;           // (B, padded / TILE) least and greatest id of each streamed tile
     const int2 *reach;           // (B, blocks) first and last + 1 tile with an id of a block
@@ -59,18 +60,21 @@ template <Op OP, int D, int TILE, bool COLUMNS> struct Parameters {
     float scale, scale2;         // of scores; times log2 e
 };
 
-template <Op OP, int D, int TILE, int STAGES, bool COLUMNS>
+template <Op OP, int D, int TILE, int STAGES, Sweep SWEEP>
 constexpr int sweep_bytes = [] {
-    using G = Parameters<OP, D, TILE, COLUMNS>;
+    using G = Parameters<OP, D, TILE, SWEEP>;
+    int exchange = 0;
+    if constexpr (SWEEP == Sweep::fused) exchange = Exchange<OP, D, TILE>::bytes;
     return int(G::held * CONSUMERS * sizeof(typename G::HeldTile) +
-               G::streamed * STAGES * sizeof(typename G::Tile) + 1024);
+               G::streamed * STAGES * sizeof(typename G::Tile) + 1024) + exchange;
 }();
 
-template <Op OP, int D, int TILE, int STAGES, bool COLUMNS>
+template <Op OP, int D, int TILE, int STAGES, Sweep SWEEP>
 __global__ __launch_bounds__(THREADS, 1) void sweep(
-    const __grid_constant__ Parameters<OP, D, TILE, COLUMNS> g) {
-    using Globals = Parameters<OP, D, TILE, COLUMNS>;
+    const __grid_constant__ Parameters<OP, D, TILE, SWEEP> g) {
+    using Globals = Parameters<OP, D, TILE, SWEEP>;
     using P = Parts<OP>;
+    constexpr bool COLUMNS = Globals::COLUMNS, FUSED = SWEEP == Sweep::fused;
     using HeldTile = typename Globals::HeldTile;
     using Tile = typename Globals::Tile;
     using Vector = typename Globals::Vector;
@@ -178,6 +182,11 @@ __global__ __launch_bounds__(THREADS, 1) void sweep(
                 f([&](int k, int) -> float2 { return {pair[k & 1], pair[k & 1]}; });
             }
         };
+        // Only a fused sweep has what this stands for.
+        auto exchange = [&] {
+            if constexpr (FUSED) return Exchange<OP, D, TILE>(allocator, group);
+            else return 0;
+        }();
         wait(arrived, 0);
         int turn = 0;
         // For the heads of the queries one after another, and the tiles of each.
@@ -187,10 +196,12 @@ __global__ __launch_bounds__(THREADS, 1) void sweep(
             const int row = COLUMNS ? i * TILE : mine, column = COLUMNS ? mine : i * TILE;
             constexpr int height = COLUMNS ? TILE : HELD, width = COLUMNS ? HELD : TILE;
             bool masked = !all_seen(g.band, row, height, column, width);
-            if constexpr (!COLUMNS) masked |= column + width > g.keys;
+            if constexpr (!COLUMNS || FUSED) masked |= column + width > g.keys;
+            const bool last = other + 1 == groups && i + 1 == tiles.last;
             const bool mixed = segments.mixed(g.ids, g.spans, size_t(batch) * g.padded, i);
             wait(full[stage], phase);
-            if (!none_seen(g.band, row, height, column, width)) {
+            // In a fused sweep the warpgroups wait for each other anyway.
+            if (FUSED || !none_seen(g.band, row, height, column, width)) {
                 Scores S, X, W, H;
                 Operand p, ds, z, y;
                 // One product too many under way does not fit the registers of this variant.
@@ -250,6 +261,14 @@ __global__ __launch_bounds__(THREADS, 1) void sweep(
                     });
                     else each<TILE>([&](int j, int k, int) { weigh(j, k, {0.f, 0.f}); });
                 }
+                constexpr bool early = FUSED && late;
+                if constexpr (early) {  // frees the registers of dS and Z
+                    exchange.await(turn);
+                    exchange.give(turn % exchange.slots, 1, ds);
+                    add(first, ds, s[A][stage]);
+                    add(second, z, s[DO][stage]);
+                    warpgroup::mma_async_wait<0>();
+                }
                 if constexpr (late) fence(), issue();
                 if constexpr (P::G) {
                     warpgroup::mma_async_wait<0>();
@@ -265,15 +284,28 @@ __global__ __launch_bounds__(THREADS, 1) void sweep(
                     else each<TILE>([&](int j, int k, int) { blend(j, k, {0.f, 0.f}); });
                 }
 
-                constexpr bool weights = COLUMNS ? !P::G || P::tangent : P::W && !P::tangent;
+                constexpr bool weights = FUSED || (COLUMNS ? !P::G || P::tangent
+                                                           : P::W && !P::tangent);
                 if constexpr (weights) each<TILE>([&](int j, int k, int) {
                     p.tiles[0][j].data[k] = __float22bfloat162_rn(S.tiles[0][j].data[k]);
                 });
 
+                if constexpr (FUSED) {
+                    if constexpr (!early) exchange.await(turn);
+                    const int slot = turn % exchange.slots;
+                    if constexpr (P::G) exchange.give(slot, 0, y);
+                    if constexpr (!early) exchange.give(slot, P::G, ds);
+                    if constexpr (OP == Op::adj) {
+                        exchange.give(1, 0, z);
+                        exchange.give(1, 1, p);
+                    }
+                    publish();
+                }
                 if constexpr (COLUMNS) {  // first: of k; second: of v
                     if constexpr (P::X && !P::G) add(first, ds, s[0][stage]);
-                    if constexpr (P::G) add(first, ds, s[A][stage]), add(first, y, s[0][stage]);
-                    if constexpr (P::W) add(second, z, s[DO][stage]);
+                    if constexpr (P::G && !early) add(first, ds, s[A][stage]);
+                    if constexpr (P::G) add(first, y, s[0][stage]);
+                    if constexpr (P::W && !early) add(second, z, s[DO][stage]);
                     if constexpr (!P::W) add(second, p, s[DO][stage]);
                     if constexpr (P::tangent) add(second, p, s[TDO][stage]);
                 } else if constexpr (OP == Op::lin) {  // first: U
@@ -284,14 +316,29 @@ __global__ __launch_bounds__(THREADS, 1) void sweep(
                     if constexpr (OP == Op::adj)
                         add(second, z, s[V][stage]), add(second, p, s[C][stage]);
                 }
+                if constexpr (FUSED) {
+                    if (exchange.complete(turn, last)) both_consumers();
+                    if (exchange.due(turn, last)) exchange.multiply(r);
+                }
                 warpgroup::mma_async_wait<0>();
             }
             if (laneid() == 0) arrive(empty[stage], 1);
+            if constexpr (FUSED) {
+                if (exchange.due(turn, last)) {
+                    // Of two tiles, the first warpgroup has the one before this.
+                    const bool before = exchange.slots > 1 && turn % 2 > group;
+                    const bool turned = before && i == tiles.first;
+                    const int tile = turned ? tiles.last - 1 : i - before;
+                    exchange.add(g, batch, tile, stream_head + other - turned);
+                }
+            }
             if (++turn == 2 * STAGES) turn = 0;
         }
 
         if constexpr (P::X) warp::mul(first, first, g.scale);
-        warpgroup::sync(group + 1);  // the tiles that the results go through are read no more
+        // The tiles that the results go through are read no more.
+        if constexpr (FUSED) both_consumers();
+        else warpgroup::sync(group + 1);
         warpgroup::store(r[0][group], first);
         if constexpr (Globals::outputs > 1) warpgroup::store(r[1][group], second);
         publish();

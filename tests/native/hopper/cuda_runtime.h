@@ -31,6 +31,21 @@ template <class F> cudaError_t cudaFuncSetAttribute(F *, cudaFuncAttribute, int 
 }
 inline const char *cudaGetErrorString(cudaError_t) { return "the emulator refused"; }
 
+// What was set to zero since the last kernel: memory that one may add to.
+inline std::vector<std::pair<char *, size_t>> zeroed;
+
+inline cudaError_t cudaMemsetAsync(void *at, int value, size_t bytes, cudaStream_t) {
+    std::memset(at, value, bytes);
+    zeroed.push_back({static_cast<char *>(at), bytes});
+    return cudaSuccess;
+}
+inline float atomicAdd(float *at, float x) {
+    bool set = false;
+    for (auto [begin, bytes] : zeroed)
+        set |= reinterpret_cast<char *>(at) >= begin && reinterpret_cast<char *>(at) < begin + bytes;
+    return *at += set ? x : NAN;
+}
+
 namespace attention {
 alignas(1024) inline int memory[227 * 256];
 }
@@ -48,6 +63,7 @@ cudaError_t cudaLaunchKernel(void (*kernel)(P), dim3 grid, dim3 block, void **ar
                 emulator::body = [&] { kernel(parameters); };
                 emulator::run_block(block.x, seed++);
             }
+    zeroed.clear();
     return cudaSuccess;
 }
 

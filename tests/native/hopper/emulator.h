@@ -41,6 +41,7 @@ struct Fiber {
     std::deque<Product> products;
     int issued = 0, computed = 0;  // `products` holds those from `computed` on, or a few before
     int first = 0;                 // the number of products.front()
+    std::vector<std::function<void()>> copies;  // by TMA to global memory, that nobody awaited
     int bits = 0;                  // exchanged between lanes
     bool done = false;
 };

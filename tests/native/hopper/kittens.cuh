@@ -1,5 +1,6 @@
 // The part of ThunderKittens that the kernels use, on the CPU: tiles are plain arrays, a thread's
-// part of a register tile is laid out as on Hopper, copies are done at once and products late.
+// part of a register tile is laid out as on Hopper. Loads are done at once; products and stores by
+// TMA as late as may be, from what their operands hold then.
 #pragma once
 
 #include <array>
@@ -44,6 +45,14 @@ template <class V, int ROWS, int COLS> struct st {
     V data[ROWS * COLS];
 };
 template <int R, int C> using st_bf = st<bf16, R, C>;
+// Of floats the tiles are laid out as on Hopper: side by side 32 columns each, whose rows of 128
+// bytes have their parts of 16 bytes permuted.
+template <int R, int C> struct st_fl : st<float, R, C> {
+    static int place(int row, int column) {
+        const int part = column % 32 / 4 ^ row % 8;
+        return column / 32 * 32 * R + row * 32 + part * 4 + column % 4;
+    }
+};
 template <int L> struct sv_fl {
     static constexpr int length = L;
     float data[L];
@@ -142,18 +151,33 @@ template <class T, class G> void load_async(T &x, const G &g, const coord<T> &at
     }
     s.bytes -= sizeof(T), s.settle();
 }
+// Calls f(element, row, column) for what a tile has in the array, once somebody waits.
+template <class G, class T, class F>
+void later(const G &g, const coord<T> &at, F f) {
+    if (laneid()) return;
+    emulator::self().copies.push_back([&g, at, f] {
+        for (int i = 0; i < T::rows && at.d * T::rows + i < g.depth; i++)
+            for (int c = 0; c < T::cols; c++) {
+                const int row = at.d * T::rows + i;
+                f(g.raw_ptr[((size_t(at.b) * g.depth + row) * g.rows + at.r) * g.cols + c], i, c);
+            }
+    });
+}
 template <int AXIS, cache_policy, class G, class T>
 void store_async(const G &g, const T &x, const coord<T> &at) {
     static_assert(AXIS == dim::DEPTH);
-    if (laneid()) return;
-    for (int i = 0; i < T::rows && at.d * T::rows + i < g.depth; i++)
-        for (int c = 0; c < T::cols; c++) {
-            const int row = at.d * T::rows + i;
-            g.raw_ptr[((size_t(at.b) * g.depth + row) * g.rows + at.r) * g.cols + c] =
-                x.data[i * T::cols + c];
-        }
+    later(g, at, [&x](auto &to, int i, int c) { to = x.data[i * T::cols + c]; });
 }
-inline void store_async_wait() {}
+template <int AXIS, cache_policy, class G, class T>
+void store_add_async(const G &g, const T &x, const coord<T> &at) {
+    static_assert(AXIS == dim::DEPTH);
+    later(g, at, [&x](float &to, int i, int c) { atomicAdd(&to, x.data[T::place(i, c)]); });
+}
+inline void store_async_wait() {
+    for (auto &copy : emulator::self().copies) copy();
+    emulator::self().copies.clear();
+}
+inline void store_async_read_wait() { store_async_wait(); }
 }  // namespace tma
 }  // namespace warp
 
@@ -221,6 +245,19 @@ void mma_AB(T &x, const A &a, const B &b) {
     });
 }
 
+template <class T, class A, class B, int FENCE, int ACCUMULATE>
+void mma_AtB(T &x, const A &a, const B &b) {
+    static_assert(A::cols == 64 && A::rows == B::rows && B::cols == T::cols);
+    issue(x, ACCUMULATE, nullptr, [&x, &a, &b] {
+        elements(x, [&](float &e, int row, int column) {
+            float sum = ACCUMULATE ? e : 0.f;
+            for (int c = 0; c < A::rows; c++)
+                sum += widened(a.data[c * A::cols + row]) * widened(b.data[c * B::cols + column]);
+            e = sum;
+        });
+    });
+}
+
 template <int N = 0> void mma_async_wait() {
     emulator::meet_warpgroup();  // all threads have issued the same products
     emulator::Fiber &f = emulator::self();
@@ -229,9 +266,22 @@ template <int N = 0> void mma_async_wait() {
     for (; f.first < f.computed; f.first++) f.products.pop_front();
 }
 
-template <class S, class T> void store(S &to, T &x) {
-    elements(x, [&](float &e, int row, int column) { to.data[row * S::cols + column] = rounded(e); });
+template <class T, class S> void put(T &to, S x) { to = x; }
+inline void put(bf16 &to, float x) { to = rounded(x); }
+template <class S, class T> void store(S &to, const T &x) {
+    elements(x, [&](auto &e, int row, int column) { put(to.data[row * S::cols + column], e); });
+}
+template <int R, int C, class T> void store(st_fl<R, C> &to, const T &x) {
+    elements(x, [&](auto &e, int row, int column) { to.data[to.place(row, column)] = e; });
+}
+template <class S> void one(S &to) {
+    for (int i = laneid(); i < S::rows * S::cols; i += 128) to.data[i] = rounded(1.f);
 }
 
 }  // namespace warpgroup
+
+template <int WARPS> struct group {
+    static void sync(int id) { emulator::meet(id, WARPS * 32); }
+};
+
 }  // namespace kittens
