@@ -1,8 +1,8 @@
 // The XLA custom calls of attention on Hopper: one for each primitive. Each checks what it was
 // given, builds the tensor maps and starts one kernel (fwd, lin) or two (bwd, hess, adj: queries'
 // outputs, then keys') on XLA's stream. Nothing is allocated, so a call can join a command buffer.
-// bwd_fused, hess_fused and adj_fused start one kernel, for d 64 only: it adds to outputs of queries
-// that are set to zero before, in float32, dq without the factor `scale`.
+// bwd_fused, hess_fused and adj_fused start one kernel, for d 64 only: it adds to outputs of
+// queries that are set to zero before, in float32, dq without the factor `scale`.
 //
 // Operands and outputs are those of the primitive, in bfloat16 and (B, S, H, d) with d 64 or 128;
 // statistics of queries are float32, (B, H, P) with S padded to a multiple P of 128: L in units of

@@ -40,9 +40,9 @@ inline cudaError_t cudaMemsetAsync(void *at, int value, size_t bytes, cudaStream
     return cudaSuccess;
 }
 inline float atomicAdd(float *at, float x) {
+    const char *place = reinterpret_cast<char *>(at);
     bool set = false;
-    for (auto [begin, bytes] : zeroed)
-        set |= reinterpret_cast<char *>(at) >= begin && reinterpret_cast<char *>(at) < begin + bytes;
+    for (auto [begin, bytes] : zeroed) set |= place >= begin && place < begin + bytes;
     return *at += set ? x : NAN;
 }
 
