@@ -90,13 +90,14 @@ template <Op OP, int D, int TILE> struct Exchange {
         }
     }
 
-    // As ThunderKittens' store, in fewer instructions: in its layout (32 columns side by side, parts
-    // of 16 bytes permuted by row) a thread's addresses are one that is computed, with a bit or two
-    // turned, and constants. Odd rows take columns of 16 in another order than even ones, so that
-    // lanes meet in no bank.
+    // As ThunderKittens' store, in fewer instructions: in its layout (32 columns side by side, their
+    // parts of 16 bytes permuted by row) a thread's addresses are one that is computed, with a bit
+    // or two turned, and constants. Odd rows take columns of 16 in another order than even ones, so
+    // that lanes meet in no bank.
     __device__ inline void put(Sum &out) const {
         const int lane = laneid(), odd = lane / 4 & 1;
-        const int first = (warpid() % 4 * 16 + lane / 4) * 128 + ((lane % 4 * 8) ^ (lane / 4 * 16));
+        const int row = warpid() % 4 * 16 + lane / 4;
+        const int first = row * 128 + ((lane % 4 * 8) ^ (lane / 4 * 16));
         char *const at = reinterpret_cast<char *>(out.data);
         #pragma unroll
         for (int j = 0; j < D / 16; j++) {
