@@ -90,10 +90,10 @@ template <Op OP, int D, int TILE> struct Exchange {
         }
     }
 
-    // As ThunderKittens' store, in fewer instructions: in its layout (32 columns side by side, their
-    // parts of 16 bytes permuted by row) a thread's addresses are one that is computed, with a bit
-    // or two turned, and constants. Odd rows take columns of 16 in another order than even ones, so
-    // that lanes meet in no bank.
+    // As ThunderKittens' store, in fewer instructions: in its layout (32 columns side by side,
+    // their parts of 16 bytes permuted by row) a thread's addresses are one that is computed,
+    // with a bit or two turned, and constants. Odd rows take columns of 16 in another order than
+    // even ones, so that lanes meet in no bank.
     __device__ inline void put(Sum &out) const {
         const int lane = laneid(), odd = lane / 4 & 1;
         const int row = warpid() % 4 * 16 + lane / 4;
