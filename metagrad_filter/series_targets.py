@@ -2,6 +2,7 @@
 
     SoftRecall        are rare events found, at a stated rate of false alarms?
     RegimeProbeLoss   can a linear probe tell regimes apart by the hidden states?
+    EventError        how far off are forecasts of the steps that matter?
     InterventionLoss  how well is what follows an intervention predicted?
     LatentGeometry    how many dimensions do the hidden states use?
     CalibrationGuard  do intervals hold as often as they say, and normal windows stay likely?
@@ -9,7 +10,7 @@
 Each is a `HeldOutMetric`: lower is better, differentiable in the parameters, split into a part that
 is differentiated and a part that the gate judges by. `GuardedTarget` mixes them with weights. They
 ask the loss for more than a number a window: `hidden(params, windows) -> (B, P, D)`, and some for
-`step_losses` or `intervals` (see `SeriesLoss`); `DecoderLoss` and `JepaLoss` have `hidden` too.
+`step_losses`, `points` or `intervals` (see `SeriesLoss`); `DecoderLoss` and `JepaLoss` have `hidden` too.
 
 Probes are ridge regressions in closed form, so no inner optimisation has to be differentiated, and
 cross-fitted: each half of the windows is predicted by the fit on the other half.
@@ -24,7 +25,7 @@ References:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -189,6 +190,70 @@ class RegimeProbeLoss(_Labelled):
         return metric
 
 
+class EventError(_Labelled):
+    """Mean squared error of the median forecast at the steps of events, in squared scaled units.
+
+    Where a model is judged by its point forecasts of some steps, this is that judgement itself. The
+    mean loss of the windows with an event is mostly about the steps around it.
+
+    Args:
+      windows: `(N, T, C)` held-out windows, each with an event.
+      events: `(N, T)` bool, the steps that count.
+      channels: those that count, all by default.
+      gate_share, batch_size: as for `HeldOutMetric`.
+
+    Raises:
+      ConfigError: a channel is not there.
+      WindowError: events are not `(N, T)`, or a part of the split has none.
+    """
+
+    def __init__(
+        self,
+        windows: np.ndarray,
+        events: np.ndarray,
+        *,
+        channels: Sequence[int] | None = None,
+        gate_share: float = 0.5,
+        batch_size: int = 128,
+    ):
+        events = np.asarray(events, bool)
+        chosen = None if channels is None else tuple(int(c) for c in channels)
+        super().__init__(
+            windows, events, gate_share=gate_share, batch_size=batch_size, channels=chosen
+        )
+        if events.shape != self.windows.shape[:2]:
+            raise WindowError(
+                f"events have shape {events.shape} for windows {self.windows.shape}; expected one "
+                "bool for each window and step."
+            )
+        width = self.windows.shape[2]
+        if chosen is not None and not (chosen and all(0 <= c < width for c in chosen)):
+            raise ConfigError(
+                f"channels={channels!r}; expected positions in [0, {width}), or None for all."
+            )
+        for name, rows in self._rows_by_part().items():
+            if not events[rows].any():
+                raise WindowError(
+                    f"the {name} holds no step of an event; expected at least one: pass more "
+                    "windows, or in another order."
+                )
+
+    def _function(self, loss: Loss, rows: slice) -> Metric:
+        windows, events = self.windows[rows], self.labels[rows]
+        channels, every = self.options["channels"], np.arange(windows.shape[2])
+        measured = events[..., None] & (True if channels is None else np.isin(every, channels))
+        points, size = _asked(loss, "points"), self.batch_size
+
+        def metric(params: PyTree) -> jax.Array:
+            def look(batch):
+                forecast, predicted = points(params, batch)
+                return jnp.square(forecast - jnp.where(predicted, batch, 0)), predicted
+
+            return _mean_where(measured, *over_batches(look, windows, size))
+
+        return metric
+
+
 class InterventionLoss(_Labelled):
     """Mean loss of the values in the steps that follow an intervention, in the loss's unit.
 
@@ -231,11 +296,8 @@ class InterventionLoss(_Labelled):
         step_losses, size = _asked(loss, "step_losses"), self.batch_size
 
         def metric(params: PyTree) -> jax.Array:
-            losses, predicted = over_batches(
-                lambda batch: step_losses(params, batch), windows, size
-            )
-            counted = predicted & measured[..., None]
-            return jnp.sum(jnp.where(counted, losses, 0)) / jnp.maximum(jnp.sum(counted), 1)
+            found = over_batches(lambda batch: step_losses(params, batch), windows, size)
+            return _mean_where(measured[..., None], *found)
 
         return metric
 
@@ -380,6 +442,12 @@ def ridge_probe(states: jax.Array, targets: jax.Array, ridge: float) -> tuple[ja
     penalty = ridge * jnp.trace(gram) / width + 1e-9
     weights = jnp.linalg.solve(gram + penalty * jnp.eye(width, dtype=gram.dtype), x.T @ y / len(x))
     return weights, level - middle @ weights
+
+
+def _mean_where(measured: np.ndarray, values: jax.Array, predicted: jax.Array) -> jax.Array:
+    """Mean of the `(N, T, C)` values that are predicted and measured; 0 where there is none."""
+    counted = predicted & measured
+    return jnp.sum(jnp.where(counted, values, 0)) / jnp.maximum(jnp.sum(counted), 1)
 
 
 def _effective_rank(states: jax.Array) -> jax.Array:

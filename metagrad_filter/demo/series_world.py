@@ -32,7 +32,7 @@ from metagrad_filter.demo.series_data import (
 )
 from metagrad_filter.demo.training import fresh_state, train
 from metagrad_filter.proxy import Proxy, SeriesConfig, SeriesLoss, init_series
-from metagrad_filter.series_targets import CalibrationGuard
+from metagrad_filter.series_targets import CalibrationGuard, EventError
 from metagrad_filter.targets import GuardedTarget, HeldOutLoss
 from metagrad_filter.types import Progress, PyTree, silent
 
@@ -51,6 +51,7 @@ class SeriesWorld:
       base: mixture that the base model is trained on.
       stream: what filters choose from.
       rare: windows with the event, the target's storms before the gate's.
+      rapid: `(len(rare), T)` bool, their steps of rapid intensification.
       rare_gate: how many of `rare` are the gate's.
       normal: usual windows, in the same order.
       normal_gate: how many of `normal` are the gate's.
@@ -60,13 +61,19 @@ class SeriesWorld:
     base: Stream
     stream: Stream
     rare: np.ndarray
+    rapid: np.ndarray
     rare_gate: int
     normal: np.ndarray
     normal_gate: int
     report: Windows
 
-    def rare_target(self) -> HeldOutLoss:
-        """Mean loss on windows with the event."""
+    def rare_target(self) -> EventError:
+        """Squared error of the wind at rapid steps, which is what models are judged by."""
+        gate_share = self.rare_gate / len(self.rare)
+        return EventError(self.rare, self.rapid, channels=[WIND], gate_share=gate_share)
+
+    def rare_loss(self) -> HeldOutLoss:
+        """Mean loss on windows with the event, all that is predicted in them."""
         return HeldOutLoss(self.rare, gate_share=self.rare_gate / len(self.rare))
 
     def guard(self) -> CalibrationGuard:
@@ -113,18 +120,18 @@ def series_world(config: SeriesDemoConfig, *, storms: StormWorld | None = None) 
         )
 
     wanted = -(-config.base_steps * config.batch_windows // _MIXTURES)
-    held = {
-        kind: [parts[part].of_class(kind).values for part in ("target", "gate")]
-        for kind in (NORMAL, RARE)
-    }
+    normal, rare = (
+        [parts[part].of_class(kind) for part in ("target", "gate")] for kind in (NORMAL, RARE)
+    )
     return SeriesWorld(
         base=mixture("base", wanted, 1),
         stream=mixture("stream", config.stream_windows, 2),
-        rare=np.concatenate(held[RARE]),
-        rare_gate=len(held[RARE][1]),
+        rare=np.concatenate([windows.values for windows in rare]),
+        rapid=np.concatenate([windows.rapid for windows in rare]),
+        rare_gate=len(rare[1]),
         # Every second one: neighbours overlap in all rows but one.
-        normal=np.concatenate([windows[::2] for windows in held[NORMAL]]),
-        normal_gate=len(held[NORMAL][1][::2]),
+        normal=np.concatenate([windows.values[::2] for windows in normal]),
+        normal_gate=len(normal[1].values[::2]),
         report=parts["report"],
     )
 
