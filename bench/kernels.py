@@ -10,14 +10,23 @@ exits with 1 where a kernel spills, runs serialised, or where a score of adj cos
 issue slots, over both sweeps or in the fused one, at head dimension 64.
 
 On a GPU of compute capability 9.0, `--all` measures, for at most `--seconds` (480 by default):
+- `long`: one metagradient of GPT-2 124M at S = 32,768 (one window, T = 2, bfloat16): seconds of a
+  call that compiled before, and peak memory; first, because the peak is that of the process.
 - `checks`: each primitive on fresh random data in bfloat16, on memory filled with NaN before,
   against the reference in float32: relative error and cosine of each output; and a product with the
   Hessian where keys and values have a mean of four standard deviations.
+- `metagradient`: seconds of a round of GPT-2 124M, random weights, L = 1024, T = 16, with either
+  implementation in its layers; "xla" is the whole softmax as jax differentiates it.
 - `primitives` and `hessian`: milliseconds (median of rounds of calls that are waited for), TFLOP/s
   of the products that are needed (recomputation not counted) and their share of the rate of a
   matrix product in the same run. `hessian` is a product with the Hessian, reverse over reverse,
-  by every implementation, flash-hog where it imports; `published` stands beside its own shape.
+  by every implementation, flash-hog where it imports. `published` are figures of others, and a row
+  of the same shape says how many times faster it is than those.
 Without such a GPU these rows stay empty and say so.
+
+flash-hog 0.6.0 (Python 3.12 and 3.13) needs jaxtyping, which it does not declare: with that it
+imports under jax 0.10.2 and 0.11.1, and does not under 0.11.2, where private names of jax that it
+takes are gone; it takes `(B, S, H, d)` and `is_causal`, as it is called here, and needs cuDNN.
 """
 
 from __future__ import annotations
@@ -29,7 +38,7 @@ import secrets
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +52,28 @@ TOKENS, HEADS = 262_144, 12
 LENGTHS = (512, 2048, 8192, 32_768, 131_072)
 WIDTHS = (64, 128)
 SHORT = ((64, 128), (8, 1024))  # (B, S) where proxies train
-PUBLISHED = {"batch": 1, "length": 8192, "milliseconds": 5.56, "device": "H200"}
+# Forward, backward and double backward of flash-hog on an H200, causal, milliseconds. The forward
+# and backward passes are cuDNN's in both, the double backward is in ThunderKittens or in Pallas.
+PUBLISHED = [
+    {"shape": [batch, length, HEADS, 64], "device": "H200", "milliseconds": milliseconds}
+    for batch, length, milliseconds in (
+        (1, 8192, {"thunderkittens": 5.56}),
+        (512, 512, {"thunderkittens": 18.3, "pallas": 27.7}),
+        (128, 2048, {"thunderkittens": 44.8, "pallas": 78.3}),
+        (32, 8192, {"thunderkittens": 151.0, "pallas": 281.0}),
+        (8, 32_768, {"thunderkittens": 578.0, "pallas": 1104.0}),
+        (2, 131_072, {"thunderkittens": 2287.0, "pallas": 4603.0}),
+    )
+]
 # Products of S x S x d that a primitive needs, and a product with the Hessian.
 PRODUCTS = {"fwd": 2, "lin": 5, "bwd": 5, "hess": 12, "adj": 12, "hessian": 24}
 FUSED = ("bwd", "hess", "adj")  # of these there is a variant in one sweep, for d up to 64
 MOST_ERROR, LEAST_COSINE = 5e-3, 0.9999
 IMPLEMENTATIONS = ("thunderkittens", "thunderkittens_fused", "pallas", "chunked", "flash_hog")
 CHUNKED_UP_TO = 8192  # beyond, its loops take minutes on a GPU
+# GPT-2 124M: windows, tokens, steps and windows of a microbatch, by question.
+ROUNDS_OF = {"long": [(1, 32_768, 2, 1)], "metagradient": [(8, 1024, 16, 8), (64, 1024, 16, 8)]}
+IN_LAYERS = ("thunderkittens", "pallas", "chunked", "xla")
 ROUNDS = 5
 
 
@@ -288,24 +312,129 @@ def attends() -> dict[str, Callable[..., Any]]:
     return found | {"flash_hog": functools.partial(dot_product_attention, is_causal=True)}
 
 
+def against_published(shape: Sequence[int], spent: float) -> dict[str, float]:
+    """How many times faster a product with the Hessian is than what is published for its shape.
+
+    Args:
+      shape: `(B, S, H, d)`.
+      spent: milliseconds of the product.
+
+    Returns:
+      Published milliseconds over `spent`, by what they were published for; empty for other shapes.
+    """
+    for row in PUBLISHED:
+        if row["shape"] == list(shape):
+            return {name: round(each / spent, 2) for name, each in row["milliseconds"].items()}
+    return {}
+
+
+def decoder_rounds(question: str, seed: int, late: Callable[[], bool]) -> list[dict[str, Any]]:
+    """Rows of metagradients of GPT-2 124M with each implementation in its layers."""
+    rows = []
+    for shape in ROUNDS_OF[question]:
+        for name in IN_LAYERS:
+            row = _round_row(name, shape)
+            if late():
+                row["why"] = "not measured: out of time"
+            else:
+                try:
+                    row |= decoder_round(name, shape, seed)
+                except Exception as error:  # the whole softmax at length has no room
+                    row["why"] = _failure(error)
+            say(f"{question} {name} {shape}: {row.get('why') or row['seconds']}")
+            rows.append(row)
+    return rows
+
+
+def decoder_round(name: str, shape: tuple[int, int, int, int], seed: int) -> dict[str, Any]:
+    """Seconds and peak bytes of one metagradient, compiled and run once before."""
+    import jax
+    import numpy as np
+    import optax
+
+    import metagrad_filter as mgf
+    from bench.metagradients import gpt2
+    from metagrad_filter.proxy import DecoderLoss, init_decoder
+    from metagrad_filter.targets import mean_loss
+
+    windows, tokens, steps, microbatch = shape
+    config = gpt2(tokens, dtype="bfloat16", attn_implementation=name)
+    loss = DecoderLoss(config)
+    rng = np.random.default_rng(seed)
+    draw = functools.partial(rng.integers, 0, config.vocab_size, dtype=np.int32)
+    held_out = draw(size=(microbatch, tokens + 1))
+    batches = draw(size=(steps, windows, tokens + 1))
+    optimizer = optax.adamw(1e-4, b2=0.95, weight_decay=0.01)
+    params = init_decoder(config, seed=0)
+    state = (params, jax.jit(optimizer.init)(params))
+    run = functools.partial(
+        mgf.metagradients,
+        loss,
+        mean_loss(loss, held_out, microbatch),
+        *state,
+        batches,
+        optimizer=optimizer,
+        microbatch=microbatch,
+    )
+    before = _peak_bytes()
+    jax.block_until_ready(run().scores)
+    start = time.perf_counter()
+    found = run()
+    jax.block_until_ready(found.scores)
+    seconds, peak = time.perf_counter() - start, _peak_bytes()
+    # The high-water mark of a process never falls: it is this row's where this row has raised it.
+    raised = None not in (before, peak) and peak > before
+    return {
+        "seconds": round(seconds, 3),
+        "peak_bytes": peak if raised else None,
+        "tape": str(found.tape),
+        "finite": bool(np.isfinite(np.asarray(found.scores)).all()),
+    }
+
+
+def _peak_bytes() -> Any:
+    import jax
+
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def _round_row(name: str, shape: tuple[int, int, int, int]) -> dict[str, Any]:
+    sizes = dict(zip(("windows", "tokens", "steps", "microbatch"), shape, strict=True))
+    return {"name": name, **sizes, "seconds": None, "peak_bytes": None}
+
+
+def _failure(error: Exception) -> str:
+    text = (str(error).splitlines() or [""])[0][:160]
+    return f"not measured: {type(error).__name__}: {text}"
+
+
 def measure(seconds: float, seed: int) -> dict[str, Any]:
     """Checks and times on this machine's GPU."""
     begun = time.monotonic()
-    rows: dict[str, Any] = {"checks": check(seed)}
+
+    def late() -> bool:
+        return time.monotonic() - begun > seconds
+
+    rows: dict[str, Any] = {"long": decoder_rounds("long", seed, late)}
+    rows["checks"] = check(seed)
     say(f"checks: {sum(x['passed'] for x in rows['checks'])} of {len(rows['checks'])} passed")
+    rows["metagradient"] = decoder_rounds("metagradient", seed, late)
     peak = matrix_rate()
     rows["peak_tflops"] = round(peak, 1)
     for question, name, shape, call in calls(seed):
         row = {"name": name, "shape": list(shape), "milliseconds": None}
         rows.setdefault(question, []).append(row)
-        if time.monotonic() - begun > seconds:
+        if late():
             row["why"] = "not measured: out of time"
             continue
         try:
             kind = "hessian" if question == "hessian" else name.removesuffix("_fused")
-            row |= rate(kind, shape, milliseconds(call()), peak)
+            spent = milliseconds(call())
+            row |= rate(kind, shape, spent, peak)
+            if question == "hessian" and (times := against_published(shape, spent)):
+                row["times_faster_than_published"] = times
         except Exception as error:  # a peer that cannot is a row of the record
-            row["why"] = f"not measured: {type(error).__name__}: {str(error).splitlines()[0][:160]}"
+            row["why"] = _failure(error)
         say(f"{question} {name} {shape}: {row.get('why') or row['milliseconds']}")
     return rows
 
@@ -352,6 +481,12 @@ def empty() -> dict[str, Any]:
         names = {"hessian": IMPLEMENTATIONS, "primitives": primitives}
         for question, each in names.items():
             rows[question] += [{"name": name, "shape": list(shape), **nothing} for name in each]
+    for question, each in ROUNDS_OF.items():
+        rows[question] = [
+            _round_row(name, shape) | {"why": "not measured"}
+            for shape in each
+            for name in IN_LAYERS
+        ]
     return rows
 
 

@@ -76,6 +76,12 @@ SIZES = (
 )
 
 
+def gpt2(tokens: int, **fields: Any) -> DecoderConfig:
+    """GPT-2 124M with blocks recomputed, and positions for windows of `tokens` inputs."""
+    shape = GPT2 | {"n_positions": max(GPT2["n_positions"], tokens)}
+    return DecoderConfig(**shape, remat=True, **fields)
+
+
 class World:
     """A decoder with warm moments, batches, and an outer metric."""
 
@@ -223,7 +229,7 @@ def size(
     windows: int, tokens: int, steps: int, levels: int | None, offload: bool
 ) -> dict[str, Any]:
     """Predicted memory of GPT-2 124M at one shape."""
-    config = DecoderConfig(**GPT2, remat=True)  # pyright: ignore[reportArgumentType]
+    config = gpt2(tokens)
     loss = DecoderLoss(config)
     optimizer = optax.adamw(1e-4, b2=0.95, weight_decay=0.01)
     params = jax.eval_shape(lambda: init_decoder(config))

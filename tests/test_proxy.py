@@ -138,6 +138,7 @@ def test_the_shortest_and_longest_windows_are_taken(params, length):
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes'"),
         ({"dtype": "float16"}, "dtype='float16'.*bfloat16"),
         ({"remat": 1}, "remat=1"),
+        ({"attn_implementation": "flash"}, "attn_implementation='flash'.*chunked"),
     ],
 )
 def test_configurations_out_of_their_domain_are_refused(fields, message):
@@ -306,6 +307,7 @@ def test_scaled_rotary_frequencies(factor, low, band, context, theta):
         ({"rope_scaling": {"factor": 8.0}}, "rope_scaling=.*RopeScaling"),
         ({"mlp_bias": None}, "mlp_bias=None"),
         ({"dtype": "bf16"}, "dtype='bf16'"),
+        ({"attn_implementation": 1}, "attn_implementation=1"),
     ],
 )
 def test_llama_configurations_out_of_their_domain_are_refused(changes, message):
@@ -372,6 +374,20 @@ def test_recomputing_blocks_changes_no_derivative_and_keeps_less(tiny):
         return sum(x.size for x in jax.tree.leaves(pull_back))
 
     assert kept(again) < 0.7 * kept(config)
+
+
+@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("changes", [{"remat": True}, {"attn_implementation": "xla"}])
+def test_blocks_differ_and_are_computed_in_order_however_they_are(family, changes):
+    layers = "n_layer" if family == "gpt2" else "num_hidden_layers"
+    config = replace(TINY[family], **{layers: 3})
+    params = jax.tree.map(
+        lambda p: p + 0.1 * jnp.sin(jnp.arange(p.size)).reshape(p.shape), init_decoder(config)
+    )
+    along = jax.tree.map(lambda p: jnp.cos(jnp.arange(p.size) * 0.7).reshape(p.shape), params)
+    pairs = (jitted(c).derivatives(params, along) for c in (replace(config, **changes), config))
+    for found, expected in zip(*pairs):
+        assert relative_error(found, expected) < 1e-5
 
 
 def test_bfloat16_computes_what_float32_does_to_its_rounding(tiny):

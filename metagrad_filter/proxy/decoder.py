@@ -40,6 +40,7 @@ class DecoderConfig:
       remat: the backward pass computes each block again instead of keeping its activations.
       dtype: of activations and matrix products, "float32" or "bfloat16"; parameters keep their
         own, norms, softmax and losses are in float32. float64 parameters compute in float64.
+      attn_implementation: what computes attention, see `layers.causal_attention`.
     """
 
     vocab_size: int
@@ -54,6 +55,7 @@ class DecoderConfig:
     tie_word_embeddings: bool = True
     remat: bool = False
     dtype: str = "float32"
+    attn_implementation: str | None = None
 
     def __post_init__(self):
         layers.check_sizes(self, "vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
@@ -67,6 +69,7 @@ class DecoderConfig:
         layers.check_positive(self, "layer_norm_epsilon", "initializer_range")
         layers.check_flags(self, "tie_word_embeddings", "remat")
         layers.check_choice(self, "dtype", layers.COMPUTE_DTYPES)
+        layers.check_attention(self)
 
     @property
     def max_tokens(self) -> int:
@@ -86,12 +89,13 @@ class Attention(nnx.Module):
         width, linear = config.n_embd, functools.partial(_linear, config, rngs=rngs)
         self.c_attn = linear(width, 3 * width)
         self.c_proj = linear(width, width, residual=True)
-        self.heads = config.n_head
+        self.heads, self.implementation = config.n_head, config.attn_implementation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, length, width = x.shape
         qkv = self.c_attn(x).reshape(batch, length, 3, self.heads, -1)
-        mixed = layers.causal_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        operands = (qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        mixed = layers.causal_attention(*operands, self.implementation)
         return self.c_proj(mixed.reshape(batch, length, width))
 
 

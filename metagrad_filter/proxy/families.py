@@ -46,7 +46,7 @@ class Family:
 
 
 # How it is computed here, and what transformers spells in another way.
-_OURS = frozenset({"remat", "dtype", "rope_theta", "rope_scaling"})
+_OURS = frozenset({"remat", "dtype", "attn_implementation", "rope_theta", "rope_scaling"})
 _ROPE = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
 
 # Another value of these changes what a tensor or a position means, in any family.

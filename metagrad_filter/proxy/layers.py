@@ -16,8 +16,10 @@ from flax import nnx
 
 from metagrad_filter.errors import ConfigError
 from metagrad_filter.kernels.attention import attention  # pyright: ignore[reportMissingImports]
+from metagrad_filter.kernels.attention.implementations import IMPLEMENTATIONS  # pyright: ignore[reportMissingImports]
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
+XLA = "xla"
 
 
 def check_sizes(config: Any, *names: str) -> None:
@@ -54,6 +56,12 @@ def check_flags(config: Any, *names: str) -> None:
             raise ConfigError(f"{name}={getattr(config, name)!r}; expected True or False.")
 
 
+def check_attention(config: Any) -> None:
+    """Raises `ConfigError` unless `attn_implementation` is None or names what attention runs on."""
+    if config.attn_implementation is not None:
+        check_choice(config, "attn_implementation", (XLA, *IMPLEMENTATIONS))
+
+
 def layer_dtype(dtype: str) -> Any:
     """The `dtype` of flax layers: None lets operands promote, so float64 parameters stay exact."""
     return jnp.bfloat16 if dtype == "bfloat16" else None
@@ -66,19 +74,28 @@ def enter(x: jax.Array, dtype: str) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+def causal_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, implementation: str | None = None
+) -> jax.Array:
     """Softmax attention of each position to itself and what came before, scaled by `d ** -0.5`.
 
     Args:
       query: `(B, S, H, d)`, in the dtype of all three.
       key: `(B, S, K, d)`; each of the K heads serves `H / K` consecutive query heads.
       value: `(B, S, K, d)`.
+      implementation: of `kernels.attention`, None for the best that is known to run here; or "xla",
+        the whole softmax as jax differentiates it, which takes memory O(S^2).
 
     Returns:
       `(B, S, H, d)` in that dtype; the softmax is taken in float32 or wider, and second
       derivatives take memory linear in S.
+
+    Raises:
+      ConfigError: the implementation cannot run here.
     """
-    return attention(query, key, value)
+    if implementation == XLA:
+        return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="xla")
+    return attention(query, key, value, implementation=implementation)
 
 
 def walk(blocks: Iterable[nnx.Module], x: jax.Array, *rest: jax.Array, remat: bool) -> jax.Array:

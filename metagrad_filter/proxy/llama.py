@@ -77,6 +77,7 @@ class LlamaConfig:
       remat: the backward pass computes each block again instead of keeping its activations.
       dtype: of activations and matrix products, "float32" or "bfloat16"; parameters keep their
         own, norms, softmax and losses are in float32. float64 parameters compute in float64.
+      attn_implementation: what computes attention, see `layers.causal_attention`.
     """
 
     vocab_size: int
@@ -97,6 +98,7 @@ class LlamaConfig:
     initializer_range: float = 0.02
     remat: bool = False
     dtype: str = "float32"
+    attn_implementation: str | None = None
 
     def __post_init__(self):
         layers.check_sizes(self, "vocab_size", "hidden_size", "intermediate_size")
@@ -132,6 +134,7 @@ class LlamaConfig:
             )
         layers.check_flags(self, "attention_bias", "mlp_bias", "tie_word_embeddings", "remat")
         layers.check_choice(self, "dtype", layers.COMPUTE_DTYPES)
+        layers.check_attention(self)
 
     @property
     def max_tokens(self) -> int:
@@ -164,7 +167,7 @@ class Attention(nnx.Module):
         self.k_proj = linear(width, config.key_value_heads * head)
         self.v_proj = linear(width, config.key_value_heads * head)
         self.o_proj = linear(config.num_attention_heads * head, width)
-        self.head = head
+        self.head, self.implementation = head, config.attn_implementation
 
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
         batch, length, _ = x.shape
@@ -172,7 +175,8 @@ class Attention(nnx.Module):
             projection(x).reshape(batch, length, -1, self.head)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        mixed = layers.causal_attention(rotate(query, cos, sin), rotate(key, cos, sin), value)
+        operands = (rotate(query, cos, sin), rotate(key, cos, sin), value)
+        mixed = layers.causal_attention(*operands, self.implementation)
         return self.o_proj(mixed.reshape(batch, length, -1))
 
 
