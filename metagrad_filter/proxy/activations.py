@@ -7,6 +7,11 @@ derivative of `t`, hence every derivative of the function: a tower of formulas i
 evaluate the transcendental again in each of the many loops that the gradient, its tangent and their
 transposed copies become; on CPU the statistics are therefore held behind an optimization barrier.
 
+jax drops the rule of a `custom_jvp` where it splits a loop into what is known and what is linear
+(`JaxprTrace.process_custom_jvp_call`), and differentiates the formula itself from there on. So the
+statistics depend on `x` for jax too: with the rules that dependence is never used, without them it
+makes the derivative right.
+
 Cost: one transcendental an element ("gelu" two) for the value and all derivatives together.
 """
 
@@ -60,8 +65,15 @@ def _activation(
 
         return at
 
+    measured = jax.custom_jvp(lambda x: _held(statistics(x)))
+
+    @measured.defjvp
+    def _(primals, tangents):
+        t = measured(*primals)
+        return t, tuple(slope * tangents[0] for slope in slopes(*primals, t))
+
     def activation(x: jax.Array) -> jax.Array:
-        return derivative(0)(x, _held(statistics(jax.lax.stop_gradient(x))))
+        return derivative(0)(x, measured(x))
 
     activation.__name__ = activation.__qualname__ = name
     return activation
@@ -77,7 +89,7 @@ def _held(statistics: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
 def _logistic(v: jax.Array) -> tuple[jax.Array, ...]:
     """The sigmoid and its derivative, from one exponential."""
     # From s alone the derivative s (1 - s) cancels in the upper tail, which x v'^2 then enlarges.
-    decay = jnp.exp(-jnp.abs(v))
+    decay = jnp.exp(jnp.where(v >= 0, -v, v))  # -|v|, with a slope at 0
     upper = 1 / (1 + decay)
     return jnp.where(v >= 0, upper, decay * upper), decay * upper * upper
 
