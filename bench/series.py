@@ -1,27 +1,38 @@
-"""Time series: do rare windows survive a filter that drops broken ones, and what does it cost?
+"""Time series: do rare windows survive a filter that drops broken ones, and is its ranking right?
 
-python -m bench.series            run (about ten minutes on two cores), store, print the table
+python -m bench.series            run (about half an hour on two cores), store, print the tables
 python -m bench.series --quick    the same at a size that shows that it runs; stores nothing
 python -m bench.series --table    print the tables of the stored record
 
 The world is that of `metagrad-filter demo --kind series`: Atlantic storms, rapid intensification as
 the rare event (5 % of the stream), 30 % of the stream broken in seven ways at three severities;
-base, stream, target and report share no storm. One sweep measures three outer metrics together: the
-loss of rare windows, the loss of usual ones, and the calibration guard. From it come
+base, stream, target and report share no storm. It is dealt out anew for each of three `SPLITS`,
+none of which any setting was chosen on, and twice: the base model knows the faults from its own
+training mixture (`known faults`), or was trained on whole windows (`new faults`).
 
-* `rare only`: labels of the first alone, the target without guards;
-* `guarded`: the first and the second, with the demo's weight and with others; `calibration guard`:
-  the first and the third; `both guards`: all three;
+One sweep measures four outer metrics together: the error at rare events (`target`), the loss of
+windows that hold one, the loss of usual windows, and the calibration guard. From it come
+
+* `rare only`: labels of the first alone, the target without guards; `rare loss only` the second's;
+* `guarded`: the first and the third, with the demo's weight; `calibration guard`: the first and the
+  fourth;
 * `... distilled`: the series scorer of the product, each half of the stream scored by the fit on
-  the other half's labels.
+  the other half's labels, cut hard (strength inf) unless a strength is named;
+* `metagradient`: the product: a scorer fitted on guarded labels of two thirds of the stream, at the
+  strength that its gate chooses under the guards.
 
 Rivals: random, surprise, low loss, loss band, RHO-loss (references tuned on the very target
-windows, ranks mixed by the same weights) and the oracle that knows the classes. Measured: the area
-under the curve of rare above broken windows, by kind and severity; and, after as many steps on the
-kept quarter, the error at rare events, loss and 90 % coverage of usual windows, and the share of
-the stream's rare windows that was kept. Every selection also trains a latent predictor (JEPA) from
-one start; effective rank and log-determinant of its states on usual report windows say what the
-selection does to its geometry. Seeds reorder the stream, for all methods alike.
+windows, ranks mixed by the same weights), the oracle that knows the classes, and `whole`, which
+knows what is broken and nothing else. Measured after as many steps on the kept quarter: the error
+at rare events, loss and 90 % coverage of usual windows, and the share of the stream's rare windows
+that was kept; and the area under the curve of rare above broken windows, by kind and severity.
+
+`groups` asks whether the ranking is right, by retraining: a quarter of the training windows is
+taken from one group (rare windows, each kind of fault, rare windows that the score puts low, broken
+ones that it puts high), the rest are usual windows; the effect on the error at rare events stands
+beside the group's mean label. In the first split every selection also trains a latent predictor
+(JEPA) from one start; effective rank and log-determinant of its states on usual report windows say
+what the selection does to its geometry.
 """
 
 from __future__ import annotations
@@ -30,7 +41,9 @@ import functools
 import json
 import math
 import sys
+import time
 import zlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,134 +54,153 @@ from bench.record import environment, say, write_record
 
 RECORD = Path(__file__).parent / "records" / "series.json"
 
-SEEDS = 3
-GUARD_WEIGHTS = (0.5, 1.0, 2.0)
+SPLITS = (1, 2, 3)
+CONDITIONS = {"known faults": 0.3, "new faults": 0.0}
+"""Share of the base model's mixture that is broken."""
+SOFT = (1.0, 2.0)
+GROUP_SHARE = 0.25
 JEPA_BASE_STEPS, JEPA_RATE = 400, 2e-3
-SHAPED = (
-    "random",
-    "surprise",
-    "low loss",
-    "loss band",
-    "RHO-loss",
-    "rare oracle",
-    "rare only, distilled",
-    "guarded, distilled",
-)
+SHAPED = ("random", "surprise", "low loss", "loss band", "RHO-loss", "rare oracle")
 SHOWN = (
-    "guarded, distilled",
+    "rare loss only, distilled",
     "rare only, distilled",
+    "guarded, distilled",
     "surprise",
     "RHO-loss",
     "RHO-loss, rare only",
 )
 
 
-def measure(*, quick: bool = False, seed: int = 0) -> dict[str, Any]:
+def measure(*, quick: bool = False) -> dict[str, Any]:
     """Runs the benchmark; returns its record."""
     from metagrad_filter.demo.series_config import SeriesDemoConfig
-    from metagrad_filter.demo.series_run import SeriesBench, rare_against_corrupt
-    from metagrad_filter.demo.series_world import judge, series_base, series_world
 
-    config = replace(SeriesDemoConfig(), seeds=SEEDS, seed=seed)
+    config = replace(SeriesDemoConfig(), seeds=1)
     if quick:
-        config = config.quick()
-    world = series_world(config)
-    proxy = series_base(world, config)
-    base = judge(proxy.loss, proxy.params, world.report)  # pyright: ignore[reportArgumentType]
-    say(f"base: {base}")
-    found, reliability, seconds = labelled(world, proxy, config)
-    say(f"labels: split-half {reliability}")
-    scores: dict[str, np.ndarray | None] = {"random": None, **rivals(world, proxy, config)}
-    correlations = {}
-    for name, labels in found.items():
-        distilled, correlation = distil(world.stream.windows.values, labels)
-        if name in ("rare only", "guarded"):
-            scores[name] = labels
-        scores[f"{name}, distilled"] = distilled
-        correlations[name] = correlation
-    say(f"distilled: {correlations}")
-    bench = SeriesBench(proxy, world, config)
-    bench.arms.clear()
-    bench.kept.clear()
-    for name, values in scores.items():
-        bench.run(name, values)
-    methods = bench.methods()
-    for name, method in methods.items():
-        del method["curve"]
-        say(f"{name}: {np.mean(method['rare_error']):.4f} {np.mean(method['normal_nll']):.4f}")
-    chosen = {name: values for name, values in scores.items() if name in SHAPED}
-    geometry = latent_geometry(world, chosen, config)
-    stream = world.stream
+        config = replace(config.quick(), base_steps=300)
+    splits = SPLITS[:1] if quick else SPLITS
+    found = {}
+    for condition, share in CONDITIONS.items():
+        runs = []
+        for split in splits:
+            say(f"{condition}, split {split}")
+            one = replace(config, seed=split, base_corrupt_share=share)
+            runs.append(measure_split(one, shaped=split == splits[0]))
+        found[condition] = merged(runs)
     return {
-        "methods": methods,
-        "auroc": {
-            name: rare_against_corrupt(values, stream)
-            for name, values in scores.items()
-            if values is not None and name != "rare oracle"
-        },
-        "rare_above_usual": {
-            name: _above_usual(values, stream)
-            for name, values in scores.items()
-            if values is not None and name != "rare oracle"
-        },
-        "reliability": reliability,
-        "rank_correlation": correlations,
-        "base": base.__dict__,
-        "geometry": geometry,
-        "label_seconds": seconds,
+        "splits": list(splits),
+        "conditions": found,
         "config": config.to_json(),
         "environment": environment(),
     }
 
 
-def labelled(world, proxy, config) -> tuple[dict[str, np.ndarray], dict[str, float], float]:
-    """Scores of the stream by each mixture of the outer metrics, and how reliable they are."""
-    import time
+def measure_split(config, *, shaped: bool) -> dict[str, Any]:
+    """One dealing of the storms under one condition."""
+    from metagrad_filter.demo.series_data import NORMAL, RARE
+    from metagrad_filter.demo.series_run import SeriesBench, ranked_above, rare_against_corrupt
+    from metagrad_filter.demo.series_world import judge, series_base, series_world
+    from metagrad_filter.demo.stream import kept_by
 
+    world = series_world(config)
+    proxy = series_base(world, config)
+    base = judge(proxy.loss, proxy.params, world.report)  # pyright: ignore[reportArgumentType]
+    stream = world.stream
+    values, classes = stream.windows.values, stream.windows.classes
+    labels, reliability, seconds = labelled(world, proxy, config)
+    say(f"labels in {seconds} s: split-half {reliability}")
+    scores: dict[str, np.ndarray | None] = {"random": None, **rivals(world, proxy, config)}
+    correlations = {}
+    for name, own in labels.items():
+        scores[name] = own
+        scores[f"{name}, distilled"], correlations[name] = distil(values, own)
+    bench = SeriesBench(proxy, world, config)
+    bench.arms.clear()
+    bench.kept.clear()
+    for name, score in scores.items():
+        bench.run(name, score)
+    keep = functools.partial(kept_by, order=stream_order(config), config=config, seed=0)
+    for strength in SOFT:
+        soft = keep(scores["guarded, distilled"], strength=strength)
+        bench.train_on(f"guarded, distilled, strength {strength:g}", soft)
+    scorer, gate = gated(world, proxy, labels["guarded"], config)
+    chosen = math.inf if gate["chosen"] == "inf" else float(gate["chosen"])
+    scores["metagradient"] = scorer.score(values)
+    bench.train_on("metagradient", keep(scores["metagradient"], strength=chosen))
+    methods = bench.methods()
+    for name, method in methods.items():
+        del method["curve"]
+        say(f"{name}: {method['rare_error'][0]:.4f} {method['normal_nll'][0]:.4f}")
+    ranked = {
+        n: s for n, s in scores.items() if s is not None and n not in ("rare oracle", "whole")
+    }
+    geometry = {}
+    if shaped:
+        kept = {name: keep(scores[name]) for name in SHAPED}
+        kept["rare only, distilled"] = keep(scores["rare only, distilled"])
+        kept["metagradient"] = keep(scores["metagradient"], strength=chosen)
+        geometry = latent_geometry(world, kept, config)
+    return {
+        "methods": methods,
+        "auroc": {name: rare_against_corrupt(s, stream) for name, s in ranked.items()},
+        "rare_above_usual": {
+            name: ranked_above(s[classes == RARE], s[classes == NORMAL])
+            for name, s in ranked.items()
+        },
+        "groups": groups(world, proxy, labels["rare only"], scores["rare only, distilled"], config),
+        "gate": gate,
+        "reliability": reliability,
+        "rank_correlation": correlations,
+        "base": base.__dict__,
+        "geometry": geometry,
+        "label_seconds": seconds,
+    }
+
+
+def stream_order(config) -> np.ndarray:
+    """The one order in which every method meets the stream of a split."""
+    from metagrad_filter.demo import series_arms
+
+    return series_arms.stream_order(config, 0)
+
+
+def labelled(world, proxy, config) -> tuple[dict[str, np.ndarray], dict[str, float], float]:
+    """Labels of the stream by each mixture of the outer metrics, and how reliable they are."""
     from metagrad_filter.calibration.estimators import estimate
     from metagrad_filter.calibration.estimators.task import Task, combined
     from metagrad_filter.calibration.source import WindowSource
-    from metagrad_filter.labels import split_half_reliability
+    from metagrad_filter.labels import gaussian_ranks, split_half_reliability
     from metagrad_filter.targets import GuardedTarget
 
     values = world.stream.windows.values
-    target = GuardedTarget(
-        world.rare_target(), {"usual": world.usual_loss(), "calibration": world.guard()}
-    )
+    others = {
+        "rare loss": world.rare_loss(),
+        "usual": world.usual_loss(),
+        "calibration": world.guard(),
+    }
+    target = GuardedTarget(world.rare_target(), others)
     began = time.monotonic()
-    halves = estimate(
-        Task(
-            proxy,
-            target,
-            WindowSource(values),
-            config.calibration,
-            values,
-            np.arange(len(values)),
-            seed=config.seed,
-        )
-    ).halves
+    every = np.arange(len(values))
+    source = WindowSource(values)
+    task = Task(proxy, target, source, config.calibration, values, every, seed=config.seed)
+    halves = estimate(task).halves
     labels, reliability = {}, {}
     for name, weights in mixtures(config.guard_weight).items():
         index = [list(target.parts).index(part) for part in weights]
         mixed = combined(halves[index], weights)
         reliability[name] = split_half_reliability(mixed)
         if name != "usual only":
-            labels[name] = mixed.sum(axis=0)
+            labels[name] = gaussian_ranks(mixed.sum(axis=0))
     return labels, reliability, round(time.monotonic() - began, 1)
 
 
 def mixtures(guard_weight: float) -> dict[str, dict[str, float]]:
-    """Weights of the outer metrics in each kind of label; the trade of rare against usual."""
+    """Weights of the outer metrics in each kind of label."""
     return {
         "rare only": {"target": 1.0},
+        "rare loss only": {"rare loss": 1.0},
         "guarded": {"target": 1.0, "usual": guard_weight},
-        **{
-            f"guarded, weight {weight:g}": {"target": 1.0, "usual": weight}
-            for weight in GUARD_WEIGHTS
-            if weight != guard_weight
-        },
-        "calibration guard": {"target": 1.0, "calibration": 1.0},
-        "both guards": {"target": 1.0, "usual": 0.5, "calibration": 0.5},
+        "calibration guard": {"target": 1.0, "calibration": guard_weight},
         "usual only": {"usual": 1.0},
     }
 
@@ -176,9 +208,11 @@ def mixtures(guard_weight: float) -> dict[str, dict[str, float]]:
 def rivals(world, proxy, config) -> dict[str, np.ndarray]:
     """Scores of the stream by everything but metagradients."""
     from metagrad_filter.demo.series_arms import loss_scores, oracle_scores, rho_scores
+    from metagrad_filter.demo.series_data import CORRUPT
 
-    values = world.stream.windows.values
+    values, classes = world.stream.windows.values, world.stream.windows.classes
     found = loss_scores(proxy, values)
+    drawn = np.random.default_rng(config.seed).random(len(values))
     return {
         "surprise": found["surprise"],
         "low loss": found["low_loss"],
@@ -186,6 +220,7 @@ def rivals(world, proxy, config) -> dict[str, np.ndarray]:
         "RHO-loss": rho_scores(proxy, world.target(config.guard_weight), values, config),
         "RHO-loss, rare only": rho_scores(proxy, world.rare_target(), values, config),
         "rare oracle": oracle_scores(world.stream),
+        "whole": np.where(classes == CORRUPT, -1.0, drawn),
     }
 
 
@@ -205,12 +240,85 @@ def distil(values: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, float]:
     return scores, float(np.mean(correlations))
 
 
-def latent_geometry(world, scores, config) -> dict[str, dict[str, float]]:
-    """Geometry of a latent predictor after training on what each selection keeps, first seed."""
+def gated(world, proxy, labels: np.ndarray, config) -> tuple[Any, dict[str, Any]]:
+    """The product's scorer and the verdict of its gate, on windows that it was not fitted on."""
+    from metagrad_filter.calibration.gate import run_gate
+    from metagrad_filter.calibration.source import WindowSource
+    from metagrad_filter.scorer.fit import fit_scorer
+
+    values = world.stream.windows.values
+    # By content: copies of a fitted window would let the gate judge what the scorer has seen.
+    keys = np.array([zlib.crc32(window.tobytes()) % 3 for window in values])
+    fitted = keys > 0
+    scorer = fit_scorer(values[fitted], labels[fitted], kind="series")
+    target = world.target(config.guard_weight)
+    result = run_gate(
+        proxy,
+        scorer,
+        target.gate_metric(proxy.loss),
+        WindowSource(values),
+        np.flatnonzero(~fitted),
+        config.calibration,
+        seed=config.seed,
+        guards=target.guard_metrics(proxy.loss),
+    )
+    say(f"gate: {result.to_json()}")
+    return scorer, result.to_json()
+
+
+def groups(world, proxy, labels: np.ndarray, scores: np.ndarray | None, config) -> dict[str, Any]:
+    """Error at rare events after training on usual windows and one group, beside its mean label.
+
+    The groups are the classes, each kind of fault, and where the score of `rare only, distilled`
+    contradicts the classes: the rare windows below the median broken one, and as many broken
+    windows above these.
+    """
+    from metagrad_filter.demo.series_arms import SeriesArm
+    from metagrad_filter.demo.series_data import CORRUPT, NORMAL, RARE
+    from metagrad_filter.statistics import rank_correlation
+
+    assert scores is not None
+    stream = world.stream
+    classes = stream.windows.classes
+    rare, broken = (np.flatnonzero(classes == c) for c in (RARE, CORRUPT))
+    low = rare[scores[rare] < np.median(scores[broken])]
+    high = broken[np.argsort(-scores[broken], kind="stable")[: max(1, len(low))]]
+    chosen = {
+        "usual": np.flatnonzero(classes == NORMAL),
+        "rare": rare,
+        **{kind: np.flatnonzero(stream.kinds == i) for i, kind in enumerate(stream.kind_names)},
+        "broken, score high": high,
+        "rare, score low": low,
+    }
+    wanted = config.steps * config.batch_windows
+    found = {}
+    for name, members in chosen.items():
+        if not len(members):
+            continue
+        rng = np.random.default_rng(config.seed)
+        usual = rng.permutation(chosen["usual"])[: round(wanted * (1 - GROUP_SHARE))]
+        taken = np.resize(rng.permutation(members), wanted - len(usual))
+        order = rng.permutation(np.concatenate([usual, taken]))
+        arm = SeriesArm.start(proxy, world.report, config)
+        arm.train_all(stream.windows.values[order], config.batch_windows)
+        found[name] = {
+            **arm.judged[-1].__dict__,
+            "label": float(labels[members].mean()),
+            "windows": len(members),
+        }
+        say(f"usual and {name}: {found[name]}")
+    agreement = rank_correlation(
+        np.array([group["label"] for group in found.values()]),
+        np.array([-group["rare_error"] for group in found.values()]),
+    )
+    return {"effects": found, "rank_correlation": agreement}
+
+
+def latent_geometry(world, kept: Mapping[str, np.ndarray], config) -> dict[str, dict[str, float]]:
+    """Geometry of a latent predictor after training on what each selection keeps."""
     import optax
 
     from metagrad_filter.calibration.estimators.windows import losses_of
-    from metagrad_filter.demo.series_arms import kept_by, stream_order
     from metagrad_filter.demo.series_data import NORMAL, RARE
     from metagrad_filter.demo.series_world import model_config
     from metagrad_filter.demo.training import falling_rates, fresh_state, train
@@ -251,50 +359,133 @@ def latent_geometry(world, scores, config) -> dict[str, dict[str, float]]:
         }
 
     found = {"base": look(start[0])}
-    order = stream_order(config, 0)
-    for name, score in scores.items():
-        kept = values[kept_by(score, order, config, seed=0)]
-        batches = kept[: config.steps * batch].reshape(config.steps, batch, *shape)
+    for name, positions in kept.items():
+        windows = values[positions]
+        batches = windows[: config.steps * batch].reshape(config.steps, batch, *shape)
         found[name] = look(train(loss, factory, rates, start, batches)[0])
         say(f"JEPA {name}: {found[name]}")
     return found
 
 
-def _above_usual(scores: np.ndarray, stream) -> float | None:
-    from metagrad_filter.demo.series_data import NORMAL, RARE
-    from metagrad_filter.demo.series_run import ranked_above
+def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Records of the splits of a condition in one: lists over splits where they are figures."""
+    first = runs[0]
 
-    classes = stream.windows.classes
-    return ranked_above(scores[classes == RARE], scores[classes == NORMAL])
+    def lists(take) -> Any:
+        """Nested dicts as the first run's, with a list over runs at each leaf."""
+        found = [take(run) for run in runs]
+        if isinstance(found[0], dict):
+            return {key: lists(lambda run, key=key: take(run)[key]) for key in found[0]}
+        if isinstance(found[0], list):
+            return [x for one in found for x in one]
+        return found
+
+    shared = {key: lists(lambda run, key=key: run[key]) for key in first if key in _LISTED}
+    return {
+        **shared,
+        "groups": [run["groups"] for run in runs],
+        "gate": [run["gate"] for run in runs],
+        "geometry": first["geometry"],
+    }
+
+
+_LISTED = (
+    "methods",
+    "auroc",
+    "rare_above_usual",
+    "reliability",
+    "rank_correlation",
+    "base",
+    "label_seconds",
+)
+
+
+def change(methods: dict[str, Any], name: str, what: str) -> np.ndarray:
+    """Difference to random in each split; of the error at rare events, as a share of random's."""
+    own, plain = (np.array(methods[x][what]) for x in (name, "random"))
+    return own / plain - 1 if what == "rare_error" else own - plain
 
 
 def table(record: dict[str, Any]) -> str:
-    """What each selection does, and how it ranks rare above broken windows, as Markdown."""
-    lines = [
-        "| selection | rare error | against random | usual NLL | 90 % coverage | rare kept | "
-        "kept usual / rare / broken | JEPA rank |",
-        "|---|" + "---:|" * 7,
-    ]
-    for name, method in record["methods"].items():
-        shares = " / ".join(f"{share:.2f}" for share in method["kept_share"].values())
-        rank = record["geometry"].get(name, {}).get("effective_rank", math.nan)
-        lines.append(
-            f"| {name} | {np.mean(method['rare_error']):.3f} | {method['rare_change']:+.0%} | "
-            f"{np.mean(method['normal_nll']):.3f} | {np.mean(method['coverage']):.3f} | "
-            f"{method['rare_retained']:.2f} | {shares} | {rank:.1f} |"
-        )
-    shown = [name for name in SHOWN if name in record["auroc"]]
-    lines += ["", "| rare above | " + " | ".join(shown) + " |", "|---|" + "---:|" * len(shown)]
-    for kind, first in record["auroc"][shown[0]].items():
+    """What each selection does, how it ranks rare above broken, and what groups do, as Markdown."""
+    return "\n\n".join(
+        [
+            selections(record),
+            ranking(record),
+            interventions(record),
+        ]
+    )
+
+
+def selections(record: dict[str, Any]) -> str:
+    """Methods by condition: rare error, loss and coverage against random, rare windows kept."""
+    conditions = record["conditions"]
+    columns = ("rare error", "usual NLL", "coverage", "rare kept")
+    heads = [f"{condition}: {columns[0]} | {' | '.join(columns[1:])}" for condition in conditions]
+    lines = [f"| selection | {' | '.join(heads)} |", "|---|" + "---:|" * (4 * len(heads))]
+    for name in next(iter(conditions.values()))["methods"]:
         cells = []
-        for name in shown:
-            value = record["auroc"][name][kind]
-            many = value.values() if isinstance(first, dict) else [value]
-            cells.append(" / ".join(f"{v:.2f}" for v in many))
-        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
-    usual = " | ".join(f"{record['rare_above_usual'][name]:.2f}" for name in shown)
-    lines.append(f"| usual windows | {usual} |")
+        for found in conditions.values():
+            methods = found["methods"]
+            error, nll, coverage = (
+                change(methods, name, what) for what in ("rare_error", "normal_nll", "coverage")
+            )
+            cells += [
+                f"{error.mean():+.1%} ± {_spread(error):.1%}",
+                f"{nll.mean():+.3f}",
+                f"{coverage.mean():+.3f}",
+                f"{np.mean(methods[name]['rare_retained']):.2f}",
+            ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def ranking(record: dict[str, Any]) -> str:
+    """Mean AUROC of rare above broken windows by kind, severities from low to high."""
+    lines = []
+    for condition, found in record["conditions"].items():
+        shown = [name for name in SHOWN if name in found["auroc"]]
+        lines += [f"| {condition}: rare above | {' | '.join(shown)} |"]
+        lines += ["|---|" + "---:|" * len(shown)]
+        for kind in found["auroc"][shown[0]]:
+            cells = []
+            for name in shown:
+                value = found["auroc"][name][kind]
+                many = value.values() if isinstance(value, dict) else [value]
+                cells.append(" / ".join(f"{np.mean(v):.2f}" for v in many))
+            lines.append(f"| {kind} | {' | '.join(cells)} |")
+        usual = (f"{np.mean(found['rare_above_usual'][name]):.2f}" for name in shown)
+        lines += [f"| usual windows | {' | '.join(usual)} |", ""]
+    return "\n".join(lines).strip()
+
+
+def interventions(record: dict[str, Any]) -> str:
+    """What training on a quarter of each group does to the error at rare events."""
+    conditions = record["conditions"]
+    heads = [f"{condition}: label | rare error" for condition in conditions]
+    lines = [
+        f"| usual windows and | {' | '.join(heads)} |",
+        "|---|" + "---:|" * (2 * len(heads)),
+    ]
+    names = next(iter(conditions.values()))["groups"][0]["effects"]
+    for name in names:
+        cells = []
+        for found in conditions.values():
+            runs = [run["effects"] for run in found["groups"] if name in run["effects"]]
+            errors = [run[name]["rare_error"] / run["usual"]["rare_error"] - 1 for run in runs]
+            cells.append(f"{np.mean([run[name]['label'] for run in runs]):+.2f}")
+            cells.append(f"{np.mean(errors):+.1%}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    agreed = [
+        f"{np.mean([run['rank_correlation'] for run in found['groups']]):.2f} ({condition})"
+        for condition, found in conditions.items()
+    ]
+    lines += ["", f"Rank correlation of label and effect over groups: {', '.join(agreed)}."]
+    return "\n".join(lines)
+
+
+def _spread(values: np.ndarray) -> float:
+    return float(values.std(ddof=1)) if len(values) > 1 else math.nan
 
 
 def main(arguments: list[str]) -> None:

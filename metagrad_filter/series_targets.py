@@ -10,7 +10,8 @@
 Each is a `HeldOutMetric`: lower is better, differentiable in the parameters, split into a part that
 is differentiated and a part that the gate judges by. `GuardedTarget` mixes them with weights. They
 ask the loss for more than a number a window: `hidden(params, windows) -> (B, P, D)`, and some for
-`step_losses`, `points` or `intervals` (see `SeriesLoss`); `DecoderLoss` and `JepaLoss` have `hidden` too.
+`step_losses`, `points` or `intervals` (see `SeriesLoss`); `DecoderLoss` and `JepaLoss` have
+`hidden` too.
 
 Probes are ridge regressions in closed form, so no inner optimisation has to be differentiated, and
 cross-fitted: each half of the windows is predicted by the fit on the other half.

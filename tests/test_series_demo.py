@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metagrad_filter.demo import series_run
-from metagrad_filter.demo.series_arms import kept_by, oracle_scores, stream_order
+from metagrad_filter.demo.series_arms import oracle_scores, stream_order
 from metagrad_filter.demo.series_config import SHARES, SeriesDemoConfig
 from metagrad_filter.demo.series_data import (
     CHANNELS,
@@ -30,6 +30,7 @@ from metagrad_filter.demo.series_report import (
     series_summary_table,
 )
 from metagrad_filter.demo.series_world import judge, series_world
+from metagrad_filter.demo.stream import kept_by
 from metagrad_filter.errors import ConfigError
 from metagrad_filter.ledger import Ledger
 

@@ -30,7 +30,6 @@ from metagrad_filter.demo.series_world import Judgement, judge
 from metagrad_filter.demo.training import State, continued_state, falling_rates, train
 from metagrad_filter.labels import gaussian_ranks
 from metagrad_filter.proxy import Proxy
-from metagrad_filter.selection import select
 from metagrad_filter.targets import Target
 from metagrad_filter.windows import SeriesWindows
 
@@ -72,27 +71,6 @@ def oracle_scores(stream: Stream) -> np.ndarray:
     """`(N,)` scores by the true classes: rare above usual above broken."""
     classes = stream.windows.classes
     return np.where(classes == RARE, 2.0, np.where(classes == NORMAL, 1.0, 0.0))
-
-
-def kept_by(
-    scores: np.ndarray | None, order: np.ndarray, config: SeriesDemoConfig, *, seed: int
-) -> np.ndarray:
-    """Positions that a method keeps of the ordered stream, block by block; None keeps a uniform
-    choice. Equal scores are cut by the order of the stream."""
-    quota = round(config.block_windows * config.keep_ratio)
-    kept = []
-    for block, first in enumerate(range(0, len(order), config.block_windows)):
-        here = order[first : first + config.block_windows]
-        chosen = select(
-            None if scores is None else scores[here].astype(np.float32),
-            len(here),
-            quota,
-            seed=seed,
-            name="rival",
-            block=block,
-        )
-        kept.append(here[chosen])
-    return np.concatenate(kept)
 
 
 def class_shares(classes: np.ndarray) -> dict[str, float]:

@@ -30,6 +30,7 @@ class SeriesDemoConfig:
       batch_windows: windows of a training step.
       rare_share: share of the stream that holds a rare event.
       corrupt_share: share of the stream that is broken.
+      base_corrupt_share: share of the base model's mixture that is broken; 0 where faults are new.
       base_steps: training steps of the base model on an unfiltered mixture.
       peak_learning_rate: of the base model, held for six tenths of its steps.
       learning_rate: live learning rate, to which the base's falls by the end of its training; it
@@ -55,6 +56,7 @@ class SeriesDemoConfig:
     batch_windows: int = 32
     rare_share: float = 0.05
     corrupt_share: float = 0.3
+    base_corrupt_share: float = 0.3
     base_steps: int = 1200
     peak_learning_rate: float = 4e-3
     learning_rate: float = 1e-3
@@ -67,7 +69,7 @@ class SeriesDemoConfig:
             learning_rate_scale=0.1,
             labels=8192,
             # The rare event needs force and the guard a light hand: between them lie soft choices.
-            gate_strengths=(1.0, 2.0, math.inf),
+            gate_strengths=(0.5, 1.0, 2.0, math.inf),
             gate_steps=96,
             # Halves are measured on a dozen storms each, which agree on little but the order.
             minimum_reliability=0.1,

@@ -28,7 +28,6 @@ from metagrad_filter.demo.series_arms import (
     EVALUATE_EVERY,
     SeriesArm,
     class_shares,
-    kept_by,
     live_batches,
     loss_scores,
     oracle_scores,
@@ -39,6 +38,7 @@ from metagrad_filter.demo.series_config import SeriesDemoConfig
 from metagrad_filter.demo.series_data import CLASS_NAMES, CORRUPT, RARE, StormWorld, Stream
 from metagrad_filter.demo.series_report import write_series_report
 from metagrad_filter.demo.series_world import SeriesWorld, judge, series_base, series_world
+from metagrad_filter.demo.stream import kept_by
 from metagrad_filter.errors import CalibrationFailed
 from metagrad_filter.files import replace_file
 from metagrad_filter.labels import gaussian_ranks
@@ -218,12 +218,16 @@ class SeriesBench:
 
     def run(self, name: str, scores: np.ndarray | None) -> None:
         """Trains on what a score keeps, once a seed."""
-        windows = self.world.stream.windows
         for seed in range(self.config.seeds):
-            kept = kept_by(scores, stream_order(self.config, seed), self.config, seed=seed)
-            arm = SeriesArm.start(self.proxy, self.world.report, self.config)
-            arm.train_all(windows.values[kept], self.config.batch_windows)
-            self.record(name, arm, windows.classes[kept])
+            order = stream_order(self.config, seed)
+            self.train_on(name, kept_by(scores, order, self.config, seed=seed))
+
+    def train_on(self, name: str, positions: np.ndarray) -> None:
+        """Trains on windows of the stream, in their order."""
+        windows = self.world.stream.windows
+        arm = SeriesArm.start(self.proxy, self.world.report, self.config)
+        arm.train_all(windows.values[positions], self.config.batch_windows)
+        self.record(name, arm, windows.classes[positions])
 
     def methods(self, *, prepare: float = 0.0, score: float = 0.0) -> dict[str, Any]:
         """The `methods` part of the results, given the seconds that metagrad's scores took."""

@@ -110,12 +110,12 @@ def series_world(config: SeriesDemoConfig, *, storms: StormWorld | None = None) 
     storms = storms or build_storms(length=config.length, shares=SHARES, seed=config.seed)
     parts = storms.parts
 
-    def mixture(part: str, count: int, offset: int) -> Stream:
+    def mixture(part: str, count: int, corrupt_share: float, offset: int) -> Stream:
         return build_stream(
             parts[part],
             count=count,
             rare_share=config.rare_share,
-            corrupt_share=config.corrupt_share,
+            corrupt_share=corrupt_share,
             seed=config.seed + offset,
         )
 
@@ -124,8 +124,8 @@ def series_world(config: SeriesDemoConfig, *, storms: StormWorld | None = None) 
         [parts[part].of_class(kind) for part in ("target", "gate")] for kind in (NORMAL, RARE)
     )
     return SeriesWorld(
-        base=mixture("base", wanted, 1),
-        stream=mixture("stream", config.stream_windows, 2),
+        base=mixture("base", wanted, config.base_corrupt_share, 1),
+        stream=mixture("stream", config.stream_windows, config.corrupt_share, 2),
         rare=np.concatenate([windows.values for windows in rare]),
         rapid=np.concatenate([windows.rapid for windows in rare]),
         rare_gate=len(rare[1]),

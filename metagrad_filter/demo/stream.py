@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from metagrad_filter.demo.config import DemoConfig
 from metagrad_filter.demo.data import CLASS_NAMES, ON_TARGET
 from metagrad_filter.demo.live import filtered_batches
+from metagrad_filter.demo.series_config import SeriesDemoConfig
 from metagrad_filter.demo.training import State, continued_state, mean_window_loss, train
 from metagrad_filter.errors import WindowError
 from metagrad_filter.proxy.proxy import Proxy
@@ -54,14 +56,21 @@ def live_batches(
 
 
 def kept_by(
-    scores: np.ndarray | None, order: np.ndarray, config: DemoConfig, *, seed: int
+    scores: np.ndarray | None,
+    order: np.ndarray,
+    config: DemoConfig | SeriesDemoConfig,
+    *,
+    seed: int,
+    strength: float = math.inf,
 ) -> np.ndarray:
-    """Positions that a method keeps of the stream, block by block; None keeps a uniform choice."""
+    """Positions that a method keeps of the ordered stream, block by block; None keeps a uniform
+    choice. Equal scores are cut by the order of the stream."""
     kept = keep_blocks(
         None if scores is None else scores[order],
         len(order),
         block_windows=config.block_windows,
         keep_ratio=config.keep_ratio,
+        strength=strength,
         seed=seed,
         name="rival",
     )
