@@ -1,8 +1,9 @@
 """Metagradients against autodiff through the loop and against plain training: time and memory.
 
-python -m bench.metagradients            run both parts, store, rewrite the README's tables
+python -m bench.metagradients            run all parts, store, rewrite the README's tables
 python -m bench.metagradients --ratios   only the part that runs (about ten minutes, two idle cores)
 python -m bench.metagradients --sizes    only the part that compiles GPT-2 (about as long)
+python -m bench.metagradients --long     only GPT-2 at 32,768 tokens, compiled (several minutes)
 python -m bench.metagradients --table    only rewrite the README's tables from the stored record
 
 Ratios, in one run: the same decoder (2 layers, 64 wide, vocabulary 1,024, squared ReLU or GELU),
@@ -22,6 +23,10 @@ CPU backend, whose compiler fuses differently from a GPU's; the GPU's rows are e
 at hand. k=64 windows of L tokens, microbatches of 4 (L=128) or 1 (L=1024), blocks recomputed
 (`remat`), float32. Published for comparison: 52.07 GB and 3.24 s at k=64, L=128, T=16 on an H100,
 and out of memory at T=32 or L=256 (scan and checkpoint, float32).
+
+Long: the same for one window of 32,768 tokens and T=2 in bfloat16, moments and parameters on the
+device, with attention in linear memory ("chunked") and with the whole softmax ("xla"). Kernels for
+GPUs hold q, k, v, o and statistics, as "chunked" does beside its tiles.
 """
 
 from __future__ import annotations
@@ -74,6 +79,9 @@ SIZES = (
     (64, 128, 256, 2, False),
     (64, 128, 256, None, True),
 )
+LONG = {"windows": 1, "tokens": 32_768, "steps": 2, "dtype": "bfloat16"}
+# What attention is computed by, and its name in the README.
+ATTENTION = {"chunked": "linear memory", "xla": "whole softmax"}
 
 
 def gpt2(tokens: int, **fields: Any) -> DecoderConfig:
@@ -226,17 +234,23 @@ def linearity(progress) -> dict[str, Any]:
 
 
 def size(
-    windows: int, tokens: int, steps: int, levels: int | None, offload: bool
+    windows: int,
+    tokens: int,
+    steps: int,
+    levels: int | None,
+    offload: bool | None,
+    **fields: Any,
 ) -> dict[str, Any]:
-    """Predicted memory of GPT-2 124M at one shape."""
-    config = gpt2(tokens)
+    """Predicted memory of GPT-2 124M at one shape; `fields` are those of its configuration."""
+    config = gpt2(tokens, **fields)
     loss = DecoderLoss(config)
     optimizer = optax.adamw(1e-4, b2=0.95, weight_decay=0.01)
     params = jax.eval_shape(lambda: init_decoder(config))
     opt_state = jax.eval_shape(optimizer.init, params)
     batches = jax.ShapeDtypeStruct((steps, windows, tokens + 1), jnp.int32)
     microbatch = 4 if tokens <= 128 else 1
-    outer = mean_loss(loss, np.zeros((128, tokens + 1), np.int32), microbatch)
+    held_out = 128 if tokens <= GPT2["n_positions"] else 1
+    outer = mean_loss(loss, np.zeros((held_out, tokens + 1), np.int32), microbatch)
     start = time.perf_counter()
     found = predict_memory(
         loss,
@@ -254,6 +268,8 @@ def size(
         "windows": windows,
         "tokens": tokens,
         "steps": steps,
+        "dtype": config.dtype,
+        "attention": config.attn_implementation or "chunked",
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         "microbatch": microbatch,
         "tape": str(found.tape),
@@ -296,29 +312,31 @@ def table(record: dict[str, Any]) -> str:
             f"Seconds per step at T={long} over those at T={short}: "
             f"{record['linearity']['ratio']:.2f}",
         ]
-    if record["sizes"]:
+    if sized := [*record["sizes"], *record["long"]]:
         lines += [
             "",
-            "| GPT-2 124M: k | L | T | tape | predicted GB | host GB | measured on a GPU |",
-            "|---|---|---|---|---|---|---|",
+            "| GPT-2 124M: k | L | T | computed in | attention | tape | predicted GB | host GB "
+            "| measured on a GPU |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
-    for row in record["sizes"]:
+    for row in sized:
         measured = row["measured_gpu_bytes"]
         lines.append(
-            f"| {row['windows']} | {row['tokens']} | {row['steps']} | {row['tape']} "
-            f"| {row['predicted_bytes'] / 1e9:.1f} | {row['predicted_host_bytes'] / 1e9:.1f} "
+            f"| {row['windows']} | {row['tokens']} | {row['steps']} | {row['dtype']} "
+            f"| {ATTENTION[row['attention']]} | {row['tape']} "
+            f"| {row['predicted_bytes'] / 1e9:,.1f} | {row['predicted_host_bytes'] / 1e9:.1f} "
             f"| {'not measured' if measured is None else f'{measured / 1e9:.1f} GB'} |"
         )
     return "\n".join(lines)
 
 
 def main(arguments: list[str]) -> None:
-    if len(arguments) > 1 or not set(arguments) <= {"--ratios", "--sizes", "--table"}:
+    if len(arguments) > 1 or not set(arguments) <= {"--ratios", "--sizes", "--long", "--table"}:
         sys.exit(
             f"bench.metagradients: unknown arguments {arguments}; expected --ratios, --sizes, "
-            "--table or none"
+            "--long, --table or none"
         )
-    record: dict[str, Any] = {"ratios": [], "linearity": None, "sizes": []}
+    record: dict[str, Any] = {"ratios": [], "linearity": None, "sizes": [], "long": []}
     if RECORD.exists():
         record |= json.loads(RECORD.read_text())
 
@@ -349,6 +367,12 @@ def main(arguments: list[str]) -> None:
             rows.append(size(*shape))
             progress(f"{rows[-1]['predicted_bytes'] / 1e9:.1f} GB: {shape}")
             store(sizes=rows)
+    if not arguments or "--long" in arguments:
+        rows = []
+        for attention in ATTENTION:
+            rows.append(size(**LONG, levels=None, offload=None, attn_implementation=attention))
+            progress(f"{rows[-1]['predicted_bytes'] / 1e9:.1f} GB: {LONG}, {attention}")
+            store(long=rows)
     README.write_text(replaced(README.read_text(), "metagradients-table", table(record)))
     print(table(record))
 

@@ -6,8 +6,9 @@ functions; nothing here holds parameters. Read next: `decoder` (GPT-2) or `llama
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -98,17 +99,27 @@ def causal_attention(
     return attention(query, key, value, implementation=implementation)
 
 
-def walk(blocks: Iterable[nnx.Module], x: jax.Array, *rest: jax.Array, remat: bool) -> jax.Array:
+def walk(blocks: Sequence[nnx.Module], x: jax.Array, *rest: jax.Array, remat: bool) -> jax.Array:
     """Passes `x` through the blocks; with `remat` the backward pass keeps block inputs only.
 
     Memory of activations falls from all blocks' to one block's and one `(B, S, D)` array per
-    block; each block's forward pass is computed a second time.
+    block, beside a copy of the blocks' parameters; each block's forward pass is computed a second
+    time. Programs compile once for all blocks then, instead of once for each.
+
+    Args:
+      blocks: of one shape; with `remat`, of one configuration as well.
+      x: `(B, S, D)`.
+      *rest: further arguments of every block.
     """
-    step = nnx.remat(_call) if remat else _call
-    for block in blocks:
-        x = step(block, x, *rest)
-    return x
+    if not remat:
+        for block in blocks:
+            x = block(x, *rest)  # pyright: ignore[reportCallIssue]
+        return x
+    # A loop, because XLA's CPU compiler finds what is computed twice outside of one and keeps it.
+    graphs, states = zip(*(nnx.split(block) for block in blocks))
 
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def step(x: jax.Array, state: Any) -> tuple[jax.Array, None]:
+        return nnx.merge(graphs[0], state)(x, *rest), None
 
-def _call(block: Any, x: jax.Array, *rest: jax.Array) -> jax.Array:
-    return block(x, *rest)
+    return jax.lax.scan(step, x, jax.tree.map(lambda *y: jnp.stack(y), *states))[0]
