@@ -1,8 +1,8 @@
 """Time series: do rare windows survive a filter that drops broken ones, and is its ranking right?
 
-python -m bench.series            run (about half an hour on two cores), store, print the tables
+python -m bench.series            run (about half an hour on two cores), store, rewrite the tables
 python -m bench.series --quick    the same at a size that shows that it runs; stores nothing
-python -m bench.series --table    print the tables of the stored record
+python -m bench.series --table    rewrite the README's tables from the stored record
 
 The world is that of `metagrad-filter demo --kind series`: Atlantic storms, rapid intensification as
 the rare event (5 % of the stream), 30 % of the stream broken in seven ways at three severities;
@@ -45,14 +45,14 @@ import time
 import zlib
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bench.readme import README, RECORDS, replaced
 from bench.record import environment, say, write_record
 
-RECORD = Path(__file__).parent / "records" / "series.json"
+RECORD = RECORDS / "series.json"
 
 SPLITS = (1, 2, 3)
 CONDITIONS = {"known faults": 0.3, "new faults": 0.0}
@@ -61,8 +61,22 @@ SOFT = (1.0, 2.0)
 GROUP_SHARE = 0.25
 JEPA_BASE_STEPS, JEPA_RATE = 400, 2e-3
 SHAPED = ("random", "surprise", "low loss", "loss band", "RHO-loss", "rare oracle")
-SHOWN = (
+LISTED = (
+    "random",
+    "surprise",
+    "low loss",
+    "loss band",
+    "RHO-loss",
+    "RHO-loss, rare only",
+    "rare oracle",
+    "whole",
     "rare loss only, distilled",
+    "rare only, distilled",
+    "guarded, distilled",
+    "guarded, distilled, strength 1",
+    "metagradient",
+)
+SHOWN = (
     "rare only, distilled",
     "guarded, distilled",
     "surprise",
@@ -408,13 +422,8 @@ def change(methods: dict[str, Any], name: str, what: str) -> np.ndarray:
 
 def table(record: dict[str, Any]) -> str:
     """What each selection does, how it ranks rare above broken, and what groups do, as Markdown."""
-    return "\n\n".join(
-        [
-            selections(record),
-            ranking(record),
-            interventions(record),
-        ]
-    )
+    parts = (selections, geometry, ranking, interventions)
+    return "\n\n".join(part(record) for part in parts)
 
 
 def selections(record: dict[str, Any]) -> str:
@@ -423,7 +432,7 @@ def selections(record: dict[str, Any]) -> str:
     columns = ("rare error", "usual NLL", "coverage", "rare kept")
     heads = [f"{condition}: {columns[0]} | {' | '.join(columns[1:])}" for condition in conditions]
     lines = [f"| selection | {' | '.join(heads)} |", "|---|" + "---:|" * (4 * len(heads))]
-    for name in next(iter(conditions.values()))["methods"]:
+    for name in LISTED:
         cells = []
         for found in conditions.values():
             methods = found["methods"]
@@ -438,6 +447,22 @@ def selections(record: dict[str, Any]) -> str:
             ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def geometry(record: dict[str, Any]) -> str:
+    """The gate's choices, and what selections do to the latent predictor, as sentences."""
+    lines = []
+    for condition, found in record["conditions"].items():
+        chosen = ", ".join(f"{gate['chosen']}" for gate in found["gate"])
+        ranks = ", ".join(
+            f"{name} {shape['effective_rank']:.1f}" for name, shape in found["geometry"].items()
+        )
+        lines.append(
+            f"{condition}: the gate chose strengths {chosen}; split-half reliability of guarded "
+            f"labels {np.mean(found['reliability']['guarded']):.2f}; effective rank of the latent "
+            f"predictor's states: {ranks}."
+        )
+    return "\n\n".join(lines)
 
 
 def ranking(record: dict[str, Any]) -> str:
@@ -497,7 +522,10 @@ def main(arguments: list[str]) -> None:
             write_record(RECORD, record)
     else:
         record = json.loads(RECORD.read_text())
-    print(table(record))
+    text = table(record)
+    if arguments != ["--quick"]:
+        README.write_text(replaced(README.read_text(), "series-table", text))
+    print(text)
 
 
 if __name__ == "__main__":

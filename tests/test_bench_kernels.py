@@ -71,3 +71,10 @@ def test_gpt2_has_positions_for_its_windows():
     assert isinstance(config, DecoderConfig)
     assert (config.n_positions, config.remat) == (32_768, True)
     assert DecoderLoss(config).config.attn_implementation == "xla"
+
+
+def test_a_metagradient_of_32768_tokens_is_predicted_to_fit_one_gpu():
+    """What the README says, from its record: compiled for the CPU, run nowhere."""
+    rows = {row["attention"]: row for row in json.loads(metagradients.RECORD.read_text())["long"]}
+    assert all(row["tokens"] == 32_768 for row in rows.values())
+    assert rows["chunked"]["predicted_bytes"] < 80e9 < rows["xla"]["predicted_bytes"]
