@@ -19,6 +19,7 @@ from bench import (
     metagradients,
     own_pool,
     refresh,
+    series,
     series_demo,
     throughput,
 )
@@ -96,6 +97,7 @@ def test_the_metagradients_tables_are_the_record():
         (own_pool, "own-pool-table"),
         (estimators, "estimators-table"),
         (series_demo, "series-demo-table"),
+        (series, "series-table"),
     ],
 )
 def test_the_cost_tables_are_the_records(module, name):

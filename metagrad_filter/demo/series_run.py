@@ -3,7 +3,7 @@
 A small patch transformer should foresee rapid intensification better, and stay calibrated on usual
 weather; its stream is mostly usual windows, a twentieth holds the event, and three tenths are
 broken in seven ways. The run trains a base on such a mixture, calibrates a scorer from
-metagradients of rare-event loss under a calibration guard, trains on while the filter works inside
+metagradients of the error at rare events under guards, trains on while the filter works inside
 a real grain pipeline, lets a second version be calibrated in a process of its own, swaps it in at
 half of the stream, and compares with six other ways to choose as many windows from the same base.
 
