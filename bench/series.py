@@ -10,29 +10,36 @@ base, stream, target and report share no storm. It is dealt out anew for each of
 none of which any setting was chosen on, and twice: the base model knows the faults from its own
 training mixture (`known faults`), or was trained on whole windows (`new faults`).
 
-One sweep measures four outer metrics together: the error at rare events (`target`), the loss of
-windows that hold one, the loss of usual windows, and the calibration guard. From it come
+One sweep measures three outer metrics together: the error at rare events (`target`), the loss of
+windows that hold one, and the loss of usual windows. From it come
 
 * `rare only`: labels of the first alone, the target without guards; `rare loss only` the second's;
-* `guarded`: the first and the third, with the demo's weight; `calibration guard`: the first and the
-  fourth;
-* `... distilled`: the series scorer of the product, each half of the stream scored by the fit on
+* `guarded`: the first and the third, with the demo's weight;
+* `... distilled`: the series scorer of the product, each half of the storms scored by the fit on
   the other half's labels, cut hard (strength inf) unless a strength is named;
-* `metagradient`: the product: a scorer fitted on guarded labels of two thirds of the stream, at the
-  strength that its gate chooses under the guards.
+* `metagradient`: the product: a scorer fitted on guarded labels of two thirds of the storms, at the
+  strength that its gate chooses under the guards on the windows of the others; like the product, it
+  then filters the whole stream.
 
-Rivals: random, surprise, low loss, loss band, RHO-loss (references tuned on the very target
-windows, ranks mixed by the same weights), the oracle that knows the classes, and `whole`, which
-knows what is broken and nothing else. Measured after as many steps on the kept quarter: the error
-at rare events, loss and 90 % coverage of usual windows, and the share of the stream's rare windows
-that was kept; and the area under the curve of rare above broken windows, by kind and severity.
+Storms are never cut: windows overlap in all rows but one, so two halves of windows would share
+nearly everything. The scorer's own held-out correlation splits windows and is not used here.
+
+Rivals: random (three draws), surprise, low loss, loss band, RHO-loss (references tuned on the very
+target windows, ranks mixed by the same weights), the oracle that knows the classes, and `whole`,
+which knows what is broken and nothing else; and RHO-loss with all that the product has, distilled
+and with its own gate. Measured after as many steps on the kept quarter: the error at rare events,
+loss and 90 % coverage of usual windows, and the share of the stream's rare windows that was kept;
+and the area under the curve of rare above broken windows, by kind and severity. Spreads are
+standard deviations over splits.
 
 `groups` asks whether the ranking is right, by retraining: a quarter of the training windows is
-taken from one group (rare windows, each kind of fault, rare windows that the score puts low, broken
-ones that it puts high), the rest are usual windows; the effect on the error at rare events stands
-beside the group's mean label. In the first split every selection also trains a latent predictor
-(JEPA) from one start; effective rank and log-determinant of its states on usual report windows say
-what the selection does to its geometry.
+taken from one group, as many distinct ones from each, the rest are usual windows; the effect on the
+error at rare events stands beside the mean label of what was taken. The groups are the classes,
+each kind of fault, and the ends of the score of `rare only, distilled`: rare windows below the
+median broken one, the rare windows and the broken ones (shifted rare events apart) that score
+highest. In the first split every selection also trains a latent predictor (JEPA) from one start;
+effective rank and log-determinant of its states on usual report windows say what the selection
+does to its geometry.
 """
 
 from __future__ import annotations
@@ -58,9 +65,18 @@ SPLITS = (1, 2, 3)
 CONDITIONS = {"known faults": 0.3, "new faults": 0.0}
 """Share of the base model's mixture that is broken."""
 SOFT = (1.0, 2.0)
-GROUP_SHARE = 0.25
+RANDOM_DRAWS = 3
+GROUP_SHARE, GROUP_DRAWS, LEAST_GROUP = 0.25, 2, 24
 JEPA_BASE_STEPS, JEPA_RATE = 400, 2e-3
-SHAPED = ("random", "surprise", "low loss", "loss band", "RHO-loss", "rare oracle")
+SHAPED = (
+    "random",
+    "surprise",
+    "low loss",
+    "loss band",
+    "RHO-loss",
+    "rare oracle",
+    "rare only, distilled",
+)
 LISTED = (
     "random",
     "surprise",
@@ -68,6 +84,8 @@ LISTED = (
     "loss band",
     "RHO-loss",
     "RHO-loss, rare only",
+    "RHO-loss, gated",
+    "RHO-loss, rare only, gated",
     "rare oracle",
     "whole",
     "rare loss only, distilled",
@@ -111,6 +129,7 @@ def measure(*, quick: bool = False) -> dict[str, Any]:
 
 def measure_split(config, *, shaped: bool) -> dict[str, Any]:
     """One dealing of the storms under one condition."""
+    from metagrad_filter.demo import series_arms
     from metagrad_filter.demo.series_data import NORMAL, RARE
     from metagrad_filter.demo.series_run import SeriesBench, ranked_above, rare_against_corrupt
     from metagrad_filter.demo.series_world import judge, series_base, series_world
@@ -125,22 +144,33 @@ def measure_split(config, *, shaped: bool) -> dict[str, Any]:
     say(f"labels in {seconds} s: split-half {reliability}")
     scores: dict[str, np.ndarray | None] = {"random": None, **rivals(world, proxy, config)}
     correlations = {}
+    storms = stream.windows.series
     for name, own in labels.items():
-        scores[name] = own
-        scores[f"{name}, distilled"], correlations[name] = distil(values, own)
+        scores[f"{name}, distilled"], correlations[name] = distil(values, own, storms)
     bench = SeriesBench(proxy, world, config)
     bench.arms.clear()
     bench.kept.clear()
     for name, score in scores.items():
         bench.run(name, score)
-    keep = functools.partial(kept_by, order=stream_order(config), config=config, seed=0)
+    for draw in range(1, RANDOM_DRAWS):
+        uniform = kept_by(None, series_arms.stream_order(config, draw), config, seed=draw)
+        bench.train_on("random", uniform)
+    order = series_arms.stream_order(config, 0)
+    keep = functools.partial(kept_by, order=order, config=config, seed=0)
     for strength in SOFT:
         soft = keep(scores["guarded, distilled"], strength=strength)
         bench.train_on(f"guarded, distilled, strength {strength:g}", soft)
-    scorer, gate = gated(world, proxy, labels["guarded"], config)
-    chosen = math.inf if gate["chosen"] == "inf" else float(gate["chosen"])
-    scores["metagradient"] = scorer.score(values)
-    bench.train_on("metagradient", keep(scores["metagradient"], strength=chosen))
+    gates, kept = {}, {}
+    on_trial = {
+        "metagradient": labels["guarded"],
+        "RHO-loss, gated": scores["RHO-loss"],
+        "RHO-loss, rare only, gated": scores["RHO-loss, rare only"],
+    }
+    for name, own in on_trial.items():
+        scorer, strength, gates[name] = gated(world, proxy, own, config)
+        scores[name] = scorer.score(values)
+        kept[name] = keep(scores[name] if strength else None, strength=strength)
+        bench.train_on(name, kept[name])
     methods = bench.methods()
     for name, method in methods.items():
         del method["curve"]
@@ -150,10 +180,9 @@ def measure_split(config, *, shaped: bool) -> dict[str, Any]:
     }
     geometry = {}
     if shaped:
-        kept = {name: keep(scores[name]) for name in SHAPED}
-        kept["rare only, distilled"] = keep(scores["rare only, distilled"])
-        kept["metagradient"] = keep(scores["metagradient"], strength=chosen)
-        geometry = latent_geometry(world, kept, config)
+        shown = {name: keep(scores[name]) for name in SHAPED}
+        shown["metagradient"] = kept["metagradient"]
+        geometry = latent_geometry(world, shown, config)
     return {
         "methods": methods,
         "auroc": {name: rare_against_corrupt(s, stream) for name, s in ranked.items()},
@@ -162,20 +191,13 @@ def measure_split(config, *, shaped: bool) -> dict[str, Any]:
             for name, s in ranked.items()
         },
         "groups": groups(world, proxy, labels["rare only"], scores["rare only, distilled"], config),
-        "gate": gate,
+        "gates": gates,
         "reliability": reliability,
         "rank_correlation": correlations,
         "base": base.__dict__,
         "geometry": geometry,
         "label_seconds": seconds,
     }
-
-
-def stream_order(config) -> np.ndarray:
-    """The one order in which every method meets the stream of a split."""
-    from metagrad_filter.demo import series_arms
-
-    return series_arms.stream_order(config, 0)
 
 
 def labelled(world, proxy, config) -> tuple[dict[str, np.ndarray], dict[str, float], float]:
@@ -187,11 +209,7 @@ def labelled(world, proxy, config) -> tuple[dict[str, np.ndarray], dict[str, flo
     from metagrad_filter.targets import GuardedTarget
 
     values = world.stream.windows.values
-    others = {
-        "rare loss": world.rare_loss(),
-        "usual": world.usual_loss(),
-        "calibration": world.guard(),
-    }
+    others = {"rare loss": world.rare_loss(), "usual": world.usual_loss()}
     target = GuardedTarget(world.rare_target(), others)
     began = time.monotonic()
     every = np.arange(len(values))
@@ -214,7 +232,6 @@ def mixtures(guard_weight: float) -> dict[str, dict[str, float]]:
         "rare only": {"target": 1.0},
         "rare loss only": {"rare loss": 1.0},
         "guarded": {"target": 1.0, "usual": guard_weight},
-        "calibration guard": {"target": 1.0, "calibration": guard_weight},
         "usual only": {"usual": 1.0},
     }
 
@@ -238,87 +255,98 @@ def rivals(world, proxy, config) -> dict[str, np.ndarray]:
     }
 
 
-def distil(values: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, float]:
-    """Scores of each half of the windows by the fit on the other, and its rank correlation.
+def fold(storms: np.ndarray, folds: int) -> np.ndarray:
+    """Which of so many folds each window is in, by its storm."""
+    return np.array([zlib.crc32(str(name).encode()) % folds for name in storms])
 
-    Copies of a window fall on one side: the stream goes through its storms several times.
-    """
+
+def distil(values: np.ndarray, labels: np.ndarray, storms: np.ndarray) -> tuple[np.ndarray, float]:
+    """Scores of each half of the storms by the fit on the other, and their rank correlation with
+    the labels there."""
     from metagrad_filter.scorer.fit import fit_scorer
+    from metagrad_filter.statistics import rank_correlation
 
-    keys = np.array([zlib.crc32(window.tobytes()) & 1 for window in values], bool)
+    first = fold(storms, 2) == 0
     scores, correlations = np.empty(len(values), np.float32), []
-    for side in (keys, ~keys):
+    for side in (first, ~first):
         scorer = fit_scorer(values[side], labels[side], kind="series")
         scores[~side] = scorer.score(values[~side])
-        correlations.append(scorer.metadata["rank_correlation"])
+        correlations.append(rank_correlation(scores[~side], labels[~side]))
     return scores, float(np.mean(correlations))
 
 
-def gated(world, proxy, labels: np.ndarray, config) -> tuple[Any, dict[str, Any]]:
-    """The product's scorer and the verdict of its gate, on windows that it was not fitted on."""
+def gated(world, proxy, labels, config) -> tuple[Any, float, dict[str, Any]]:
+    """The product's scorer, and the strength and the verdict of its gate.
+
+    The gate draws from storms that the scorer was not fitted on.
+    """
     from metagrad_filter.calibration.gate import run_gate
     from metagrad_filter.calibration.source import WindowSource
     from metagrad_filter.scorer.fit import fit_scorer
 
-    values = world.stream.windows.values
-    # By content: copies of a fitted window would let the gate judge what the scorer has seen.
-    keys = np.array([zlib.crc32(window.tobytes()) % 3 for window in values])
-    fitted = keys > 0
-    scorer = fit_scorer(values[fitted], labels[fitted], kind="series")
+    windows = world.stream.windows
+    fitted = fold(windows.series, 3) > 0
+    scorer = fit_scorer(windows.values[fitted], labels[fitted], kind="series")
     target = world.target(config.guard_weight)
     result = run_gate(
         proxy,
         scorer,
         target.gate_metric(proxy.loss),
-        WindowSource(values),
+        WindowSource(windows.values),
         np.flatnonzero(~fitted),
         config.calibration,
         seed=config.seed,
         guards=target.guard_metrics(proxy.loss),
     )
     say(f"gate: {result.to_json()}")
-    return scorer, result.to_json()
+    return scorer, result.chosen, result.to_json()
 
 
 def groups(world, proxy, labels: np.ndarray, scores: np.ndarray | None, config) -> dict[str, Any]:
-    """Error at rare events after training on usual windows and one group, beside its mean label.
-
-    The groups are the classes, each kind of fault, and where the score of `rare only, distilled`
-    contradicts the classes: the rare windows below the median broken one, and as many broken
-    windows above these.
-    """
+    """Error at rare events after training on usual windows and one group, beside its mean label."""
     from metagrad_filter.demo.series_arms import SeriesArm
     from metagrad_filter.demo.series_data import CORRUPT, NORMAL, RARE
     from metagrad_filter.statistics import rank_correlation
 
     assert scores is not None
     stream = world.stream
-    classes = stream.windows.classes
+    classes, kinds = stream.windows.classes, stream.kinds
     rare, broken = (np.flatnonzero(classes == c) for c in (RARE, CORRUPT))
+    unshifted = broken[kinds[broken] != stream.kind_names.index("shift")]
     low = rare[scores[rare] < np.median(scores[broken])]
-    high = broken[np.argsort(-scores[broken], kind="stable")[: max(1, len(low))]]
     chosen = {
         "usual": np.flatnonzero(classes == NORMAL),
         "rare": rare,
-        **{kind: np.flatnonzero(stream.kinds == i) for i, kind in enumerate(stream.kind_names)},
-        "broken, score high": high,
-        "rare, score low": low,
+        **{kind: np.flatnonzero(kinds == i) for i, kind in enumerate(stream.kind_names)},
     }
+    distinct = LEAST_GROUP
+    if len(low) >= LEAST_GROUP:
+        distinct = len(low)
+        for name, members in (("rare", rare), ("broken", unshifted)):
+            ranked = members[np.argsort(-scores[members], kind="stable")]
+            chosen[f"{name}, score high"] = ranked[:distinct]
+        chosen["rare, score low"] = low
     wanted = config.steps * config.batch_windows
     found = {}
     for name, members in chosen.items():
-        if not len(members):
-            continue
-        rng = np.random.default_rng(config.seed)
-        usual = rng.permutation(chosen["usual"])[: round(wanted * (1 - GROUP_SHARE))]
-        taken = np.resize(rng.permutation(members), wanted - len(usual))
-        order = rng.permutation(np.concatenate([usual, taken]))
-        arm = SeriesArm.start(proxy, world.report, config)
-        arm.train_all(stream.windows.values[order], config.batch_windows)
+        judged, means = [], []
+        for draw in range(GROUP_DRAWS):
+            rng = np.random.default_rng([config.seed, draw])
+            usual = rng.permutation(chosen["usual"])[: round(wanted * (1 - GROUP_SHARE))]
+            taken = rng.permutation(members)[:distinct]
+            repeated = np.resize(taken, wanted - len(usual))
+            order = rng.permutation(np.concatenate([usual, repeated]))
+            arm = SeriesArm.start(proxy, world.report, config)
+            arm.train_all(stream.windows.values[order], config.batch_windows)
+            judged.append(arm.judged[-1].__dict__)
+            means.append(labels[taken].mean())
         found[name] = {
-            **arm.judged[-1].__dict__,
-            "label": float(labels[members].mean()),
-            "windows": len(members),
+            **{key: float(np.mean([one[key] for one in judged])) for key in judged[0]},
+            "label": float(np.mean(means)),
+            "windows": min(distinct, len(members)),
+            "kinds": {
+                kind: int(np.sum(kinds[members] == i)) for i, kind in enumerate(stream.kind_names)
+            },
         }
         say(f"usual and {name}: {found[name]}")
     agreement = rank_correlation(
@@ -394,16 +422,16 @@ def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
             return [x for one in found for x in one]
         return found
 
-    shared = {key: lists(lambda run, key=key: run[key]) for key in first if key in _LISTED}
+    shared = {key: lists(lambda run, key=key: run[key]) for key in first if key in _MERGED}
     return {
         **shared,
         "groups": [run["groups"] for run in runs],
-        "gate": [run["gate"] for run in runs],
+        "gates": [run["gates"] for run in runs],
         "geometry": first["geometry"],
     }
 
 
-_LISTED = (
+_MERGED = (
     "methods",
     "auroc",
     "rare_above_usual",
@@ -415,14 +443,15 @@ _LISTED = (
 
 
 def change(methods: dict[str, Any], name: str, what: str) -> np.ndarray:
-    """Difference to random in each split; of the error at rare events, as a share of random's."""
-    own, plain = (np.array(methods[x][what]) for x in (name, "random"))
+    """Difference to random's mean in each split; of the error at rare events, as a share of it."""
+    splits = len(methods["rare oracle"][what])
+    own, plain = (np.reshape(methods[x][what], (splits, -1)).mean(1) for x in (name, "random"))
     return own / plain - 1 if what == "rare_error" else own - plain
 
 
 def table(record: dict[str, Any]) -> str:
     """What each selection does, how it ranks rare above broken, and what groups do, as Markdown."""
-    parts = (selections, geometry, ranking, interventions)
+    parts = (selections, remarks, ranking, interventions)
     return "\n\n".join(part(record) for part in parts)
 
 
@@ -447,16 +476,19 @@ def selections(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def geometry(record: dict[str, Any]) -> str:
-    """The gate's choices, and what selections do to the latent predictor, as sentences."""
+def remarks(record: dict[str, Any]) -> str:
+    """Choices of gates, reliability of labels and the latent predictor's geometry, in words."""
     lines = []
     for condition, found in record["conditions"].items():
-        chosen = ", ".join(f"{gate['chosen']}" for gate in found["gate"])
+        chosen = "; ".join(
+            f"{name} {', '.join(str(gates[name]['chosen']) for gates in found['gates'])}"
+            for name in found["gates"][0]
+        )
         ranks = ", ".join(
             f"{name} {shape['effective_rank']:.1f}" for name, shape in found["geometry"].items()
         )
         lines.append(
-            f"{condition}: the gate chose strengths {chosen}; split-half reliability of guarded "
+            f"{condition}: strengths that gates chose: {chosen}; split-half reliability of guarded "
             f"labels {np.mean(found['reliability']['guarded']):.2f}; effective rank of the latent "
             f"predictor's states: {ranks}."
         )
@@ -499,11 +531,14 @@ def interventions(record: dict[str, Any]) -> str:
             cells.append(f"{np.mean([run[name]['label'] for run in runs]):+.2f}")
             cells.append(f"{np.mean(errors):+.1%}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    agreed = [
-        f"{np.mean([run['rank_correlation'] for run in found['groups']]):.2f} ({condition})"
-        for condition, found in conditions.items()
+    agreed = []
+    for condition, found in conditions.items():
+        each = " / ".join(f"{run['rank_correlation']:.2f}" for run in found["groups"])
+        agreed.append(f"{each} ({condition})")
+    lines += [
+        "",
+        f"Rank correlation of label and effect over groups, by split: {', '.join(agreed)}.",
     ]
-    lines += ["", f"Rank correlation of label and effect over groups: {', '.join(agreed)}."]
     return "\n".join(lines)
 
 
