@@ -12,6 +12,9 @@ RECORDS = ROOT / "bench" / "records"
 def replaced(readme: str, name: str, text: str) -> str:
     """The README with what stands between `<!-- name -->` and `<!-- /name -->` replaced."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    for marker in (begin, end):
+        if readme.count(marker) != 1:
+            raise ValueError(f"README.md holds {marker} {readme.count(marker)} times, not once")
     before, rest = readme.split(begin)
     _, after = rest.split(end)
     return f"{before}{begin}\n{text.strip()}\n{end}{after}"

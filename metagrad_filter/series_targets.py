@@ -218,31 +218,33 @@ class EventError(_Labelled):
         batch_size: int = 128,
     ):
         events = np.asarray(events, bool)
-        chosen = None if channels is None else tuple(int(c) for c in channels)
-        super().__init__(
-            windows, events, gate_share=gate_share, batch_size=batch_size, channels=chosen
-        )
-        if events.shape != self.windows.shape[:2]:
+        windows = np.asarray(windows)
+        if windows.ndim != 3 or events.shape != windows.shape[:2]:
             raise WindowError(
-                f"events have shape {events.shape} for windows {self.windows.shape}; expected one "
-                "bool for each window and step."
+                f"events have shape {events.shape} for windows {windows.shape}; expected windows "
+                "(N, T, C) and one bool for each window and step."
             )
-        width = self.windows.shape[2]
-        if chosen is not None and not (chosen and all(0 <= c < width for c in chosen)):
+        every = np.arange(windows.shape[2])
+        chosen = every if channels is None else np.asarray(channels)
+        if not chosen.size or chosen.dtype.kind not in "iu" or not np.isin(chosen, every).all():
             raise ConfigError(
-                f"channels={channels!r}; expected positions in [0, {width}), or None for all."
+                f"channels={channels!r}; expected positions in [0, {len(every)}), or None for all."
             )
+        super().__init__(
+            windows,
+            events[..., None] & np.isin(every, chosen) & np.isfinite(windows),
+            gate_share=gate_share,
+            batch_size=batch_size,
+        )
         for name, rows in self._rows_by_part().items():
-            if not events[rows].any():
+            if not self.labels[rows].any():
                 raise WindowError(
-                    f"the {name} holds no step of an event; expected at least one: pass more "
-                    "windows, or in another order."
+                    f"the {name} holds no observed value at a step of an event; expected at least "
+                    "one: pass more windows, or in another order."
                 )
 
     def _function(self, loss: Loss, rows: slice) -> Metric:
-        windows, events = self.windows[rows], self.labels[rows]
-        channels, every = self.options["channels"], np.arange(windows.shape[2])
-        measured = events[..., None] & (True if channels is None else np.isin(every, channels))
+        windows, measured = self.windows[rows], self.labels[rows]
         points, size = _asked(loss, "points"), self.batch_size
 
         def metric(params: PyTree) -> jax.Array:
@@ -446,9 +448,13 @@ def ridge_probe(states: jax.Array, targets: jax.Array, ridge: float) -> tuple[ja
 
 
 def _mean_where(measured: np.ndarray, values: jax.Array, predicted: jax.Array) -> jax.Array:
-    """Mean of the `(N, T, C)` values that are predicted and measured; 0 where there is none."""
+    """Mean of the `(N, T, C)` values that are predicted and measured.
+
+    NaN where the model predicts none of them, which a round refuses; 0 would be a target that
+    every window serves alike.
+    """
     counted = predicted & measured
-    return jnp.sum(jnp.where(counted, values, 0)) / jnp.maximum(jnp.sum(counted), 1)
+    return jnp.sum(jnp.where(counted, values, 0)) / jnp.sum(counted)
 
 
 def _effective_rank(states: jax.Array) -> jax.Array:

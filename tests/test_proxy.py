@@ -25,6 +25,7 @@ from metagrad_filter.proxy import (
     LlamaConfig,
     RopeScaling,
     init_decoder,
+    layers,
 )
 from metagrad_filter.proxy.cross_entropy import token_cross_entropy
 from metagrad_filter.proxy.llama import rotary_angles
@@ -388,6 +389,22 @@ def test_blocks_differ_and_are_computed_in_order_however_they_are(family, change
     pairs = (jitted(c).derivatives(params, along) for c in (replace(config, **changes), config))
     for found, expected in zip(*pairs):
         assert relative_error(found, expected) < 1e-5
+
+
+def test_blocks_that_differ_are_not_recomputed_as_if_they_were_alike():
+    from flax import nnx
+
+    class Plus(nnx.Module):
+        def __init__(self, by, width=2):
+            self.by, self.bias = by, nnx.Param(jnp.zeros(width))
+
+        def __call__(self, x):
+            return x + self.by + self.bias[...]
+
+    for blocks in ([Plus(1.0), Plus(10.0)], [Plus(1.0), Plus(1.0, width=1)]):
+        assert layers.walk(blocks, jnp.zeros(2), remat=False)[0] == sum(b.by for b in blocks)
+        with pytest.raises(ConfigError, match="blocks that differ"):
+            layers.walk(blocks, jnp.zeros(2), remat=True)
 
 
 def test_bfloat16_computes_what_float32_does_to_its_rounding(tiny):

@@ -186,6 +186,12 @@ def test_every_target_has_an_identity_of_its_own_and_travels():
     assert copy.outer(LOSS)(params()) == pytest.approx(float(measured("recall")[0]), rel=1e-5)
 
 
+def test_an_event_that_the_model_never_predicts_is_no_target_of_zero():
+    first = np.zeros((COUNT, 8), bool)
+    first[:, 0] = True  # the first patch is context only
+    assert np.isnan(EventError(WINDOWS, first).outer(LOSS)(params()))
+
+
 def test_recall_rises_with_what_sets_rare_windows_apart():
     """Windows whose state is their label are found at once; those of noise are not."""
 
@@ -256,7 +262,10 @@ _probe = jax.jit(ridge_probe)
         (lambda: EventError(WINDOWS, EVENTS[:, :4]), WindowError, r"shape \(80, 4\)"),
         (lambda: EventError(WINDOWS, EVENTS, channels=[2]), ConfigError, r"in \[0, 2\)"),
         (lambda: EventError(WINDOWS, EVENTS, channels=[]), ConfigError, "None for all"),
-        (lambda: EventError(WINDOWS, 0 * EVENTS), WindowError, "no step of an event"),
+        (lambda: EventError(WINDOWS, EVENTS, channels=["wind"]), ConfigError, "positions in"),
+        (lambda: EventError(WINDOWS[..., 0], EVENTS), WindowError, "expected windows"),
+        (lambda: EventError(WINDOWS, 0 * EVENTS), WindowError, "no observed value at a step"),
+        (lambda: EventError(np.nan * WINDOWS, EVENTS), WindowError, "no observed value at a step"),
         (lambda: LatentGeometry(WINDOWS, measure="volume"), ConfigError, "measure='volume'"),
         (lambda: CalibrationGuard(WINDOWS, level=1.0), ConfigError, "level=1.0"),
         (lambda: CalibrationGuard(WINDOWS, gate_share=2.0), ConfigError, "gate_share=2.0"),

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax._src import core, dispatch
+from jax._src import core, dispatch, sharding_impls
 from jax.extend.core import Primitive
 from jax.interpreters import ad
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 
 def align(arrays: Sequence[Any]) -> list[Any]:
@@ -52,3 +53,19 @@ def zero_tangent(x: Any) -> ad.Zero:
 def lower_with_devices(primitive: Primitive) -> None:
     """Lets the lowering rule of `primitive` know the devices, which custom partitioning needs."""
     dispatch.prim_requires_devices_during_lowering.add(primitive)
+
+
+def spec_of(sharding: Sharding | None, mesh: Mesh, ndim: int) -> PartitionSpec:
+    """How an array of `ndim` axes is cut over the mesh.
+
+    The compiler may cut axes over a part of a mesh axis, say 2 heads and then their width over 4
+    devices, which no `PartitionSpec` says; such an array is called whole.
+    """
+    if sharding is None or isinstance(sharding, NamedSharding):
+        return PartitionSpec() if sharding is None else sharding.spec
+    try:
+        return sharding_impls.parse_flatten_op_sharding(sharding._to_xla_hlo_sharding(ndim), mesh)[
+            0
+        ]
+    except ValueError:
+        return PartitionSpec()

@@ -15,7 +15,7 @@ import jax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-from metagrad_filter.kernels.attention import parts  # pyright: ignore[reportMissingImports]
+from metagrad_filter.kernels.attention import _jax, parts  # pyright: ignore[reportMissingImports]
 from metagrad_filter.kernels.attention.formulas import OPERANDS  # pyright: ignore[reportMissingImports]
 
 _AXES = {"q": "b s {h} d", "k": "b t k d", "r": "b {h} s", "i": "b s"}
@@ -49,6 +49,7 @@ def partitioned(
         infer_sharding_from_operands=lambda mesh, operands, results: _shardings(
             mesh, operands, outputs, k.shape[2]
         ),
+        decode_shardings=False,  # jax refuses those that `_jax.spec_of` calls whole
         sharding_rule=" -> ".join(terms),
         need_replication_factors=whole,
         **sizes,
@@ -68,7 +69,7 @@ def _partition(local, kinds, outputs, key_heads, mesh, operands, results):
 
 def _shardings(mesh, operands, kinds: str, key_heads: int) -> tuple[NamedSharding, ...]:
     """Shardings of arrays of these kinds: those of the keys' batch and heads, whole otherwise."""
-    spec = (*operands[1].sharding.spec, None, None, None, None)
+    spec = (*_jax.spec_of(operands[1].sharding, mesh, 4), None, None, None, None)
     batch, heads = spec[0], spec[2]
     axes = (heads,) if isinstance(heads, str) else (heads or ())
     if key_heads % max(1, functools.reduce(lambda n, axis: n * mesh.shape[axis], axes, 1)):

@@ -6,14 +6,13 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from metagrad_filter.demo.config import DemoConfig
 from metagrad_filter.demo.data import CLASS_NAMES, ON_TARGET
 from metagrad_filter.demo.live import filtered_batches
-from metagrad_filter.demo.series_config import SeriesDemoConfig
 from metagrad_filter.demo.training import State, continued_state, mean_window_loss, train
 from metagrad_filter.errors import WindowError
 from metagrad_filter.proxy.proxy import Proxy
@@ -21,6 +20,15 @@ from metagrad_filter.selection import keep_blocks
 from metagrad_filter.windows import TextWindows
 
 EVALUATE_EVERY = 12  # steps between points of the loss curve
+
+
+class Blocks(Protocol):
+    """How a demo cuts its stream."""
+
+    @property
+    def block_windows(self) -> int: ...
+    @property
+    def keep_ratio(self) -> float: ...
 
 
 class _Source:
@@ -58,7 +66,7 @@ def live_batches(
 def kept_by(
     scores: np.ndarray | None,
     order: np.ndarray,
-    config: DemoConfig | SeriesDemoConfig,
+    config: Blocks,
     *,
     seed: int,
     strength: float = math.inf,

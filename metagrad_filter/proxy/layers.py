@@ -88,8 +88,8 @@ def causal_attention(
         the whole softmax as jax differentiates it, which takes memory O(S^2).
 
     Returns:
-      `(B, S, H, d)` in that dtype; the softmax is taken in float32 or wider, and second
-      derivatives take memory linear in S.
+      `(B, S, H, d)` in that dtype; the softmax is taken in float32 or wider, and but for "xla"
+      second derivatives take memory linear in S.
 
     Raises:
       ConfigError: the implementation cannot run here.
@@ -110,6 +110,9 @@ def walk(blocks: Sequence[nnx.Module], x: jax.Array, *rest: jax.Array, remat: bo
       blocks: of one shape; with `remat`, of one configuration as well.
       x: `(B, S, D)`.
       *rest: further arguments of every block.
+
+    Raises:
+      ConfigError: `remat` with blocks that are not alike.
     """
     if not remat:
         for block in blocks:
@@ -117,6 +120,12 @@ def walk(blocks: Sequence[nnx.Module], x: jax.Array, *rest: jax.Array, remat: bo
         return x
     # A loop, because XLA's CPU compiler finds what is computed twice outside of one and keeps it.
     graphs, states = zip(*(nnx.split(block) for block in blocks))
+    kinds = [jax.tree.map(lambda p: (p.shape, p.dtype), state) for state in states]
+    if any((g, k) != (graphs[0], kinds[0]) for g, k in zip(graphs, kinds)):
+        raise ConfigError(
+            "remat=True with blocks that differ in configuration, shapes or dtypes; expected one "
+            "kind of block, which the loop over them computes: make them alike, or remat=False."
+        )
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(x: jax.Array, state: Any) -> tuple[jax.Array, None]:
