@@ -53,7 +53,7 @@ for name, spec, mesh in (
     moved = [g for g in GATHERS if f" {g}(" in text or f" {g}-start(" in text]
     assert not moved or name == "positions", (name, moved)
 
-# Two heads whose width lies on four devices: the compiler cuts heads and width by halves of an axis.
+# Two heads whose width lies on four devices: the compiler cuts heads and width by half an axis.
 mesh = Mesh(devices.reshape(4), ("fsdp",))
 def fewer(y):
     heads = y.reshape(4, 20, 2, 8)
