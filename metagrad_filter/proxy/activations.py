@@ -70,7 +70,7 @@ def _activation(
     @measured.defjvp
     def _(primals, tangents):
         t = measured(*primals)
-        return t, tuple(slope * tangents[0] for slope in slopes(*primals, t))
+        return t, tuple(slope * tangents[0] for slope in slopes(primals[0], t))
 
     def activation(x: jax.Array) -> jax.Array:
         return derivative(0)(x, measured(x))
