@@ -336,8 +336,8 @@ def _versions(results: Results) -> str:
         '<h2>Published versions</h2><div class="card scroll"><table class="versions">'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
         '<p class="note">The gate trains short paired runs on a split of its own and publishes the'
-        " strength that gains most there, none included. Gains in nats/token \u00b1 standard"
-        " error.</p>"
+        " strength that gains most there and breaks no guard, none included. Gains in the target's"
+        " unit \u00b1 standard error.</p>"
     )
 
 

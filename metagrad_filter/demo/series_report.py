@@ -244,7 +244,7 @@ def _figures(results: Results) -> str:
             "Scores of the stream by class",
             classes,
             figures.score_histogram(results.get("histogram") or {}),
-            "Every block keeps its best windows, so the order counts and not the scale.",
+            "Blocks are chosen from by order, softly at a finite strength; the scale does not count.",
         ),
         (
             f"Scorer against metagradient{escape(agreement)}",
