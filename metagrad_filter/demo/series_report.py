@@ -244,7 +244,7 @@ def _figures(results: Results) -> str:
             "Scores of the stream by class",
             classes,
             figures.score_histogram(results.get("histogram") or {}),
-            "Blocks are chosen from by order, softly at a finite strength; the scale does not count.",
+            "The order within a block decides, softly at a finite strength, and never the scale.",
         ),
         (
             f"Scorer against metagradient{escape(agreement)}",
