@@ -205,7 +205,8 @@ class EventError(_Labelled):
 
     Raises:
       ConfigError: a channel is not there.
-      WindowError: events are not `(N, T)`, or a part of the split has none.
+      WindowError: windows are not `(N, T, C)` or events not `(N, T)`, or a part of the split has no
+        observed value at a step of an event.
     """
 
     def __init__(
